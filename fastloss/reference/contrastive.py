@@ -98,6 +98,8 @@ def nt_xent(
     z = torch.cat([z0, z1])
     if normalize:
         z = _unit(z)
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        temperature = temperature.reshape(-1).repeat(2)  # both views of a sample share its temperature
     logits = z @ z.T / _column(temperature)
     positive = torch.cat([logits.diagonal(len(z0)), logits.diagonal(-len(z0))])[:, None]
     sample = (torch.arange(len(z0), device=z.device) if ids is None else ids).repeat(2)

@@ -27,6 +27,10 @@ TILE_COLS = 512
 SELF_TILE = 512
 # Similarities of small problems are kept for the backward pass instead of being computed again: 6MND flops, not 8MND.
 KEEP_BYTES = 16 << 20
+# One direction with a scalar reduction needs nothing but its own rows: a panel of whole rows serves forward and
+# backward, 6MND flops. At least 128 rows, below which the products lose their speed: 512 bytes a column in float32.
+PANEL_BYTES = 16 << 20
+PANEL_ROWS = 128
 
 
 class Mask(NamedTuple):
@@ -320,3 +324,74 @@ def self_lse_backward(
         for i in blocks(n, SELF_TILE):
             left.finish(total[i], i, left[i])
     return total.to(x.dtype) if need_x else total, state.scale_grad(grad) if need_scale else lse.new_empty((0,))
+
+
+def row_nll(
+    epilogue: Epilogue,
+    q: Tensor,  # (M, D)
+    k: Tensor,  # (N, D), N >= M
+    scale: Tensor,  # () or (M,)
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    normalize: bool,
+    need_q: bool,
+    need_k: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum_i softplus(lse_i - scale_i c_ii) over the rows, lse_i without the diagonal, and its gradients, in one sweep."""
+    m, n = q.shape[0], k.shape[0]
+    height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
+    left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
+    dtype = left.dtype
+    state = Softmax.start(scale, m)
+    empty = state.max.new_empty((0,))
+    total = state.max.new_zeros(())
+    grad_q = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
+    grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
+    grad_scale = state.max.new_empty((m if need_scale else 0,))
+    block_grad = grad_q if q.dtype == dtype else state.max.new_empty((min(m, height), q.shape[1]))
+    panel = state.max.new_empty((min(m, height) * n,))
+    for i in blocks(m, height):
+        q_block = left[i]
+        rows = slice(0, i.stop - i.start)
+        dq = (block_grad[i] if q.dtype == dtype else block_grad[rows]) if need_q else empty
+        diagonal = state.max.new_empty((rows.stop,))
+        for j in blocks(n, TILE_COLS):
+            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, n))
+            both, offset = _diagonal(i, j)
+            if both.start < both.stop:
+                diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
+            epilogue.lse_tile(c, state[i], None, _mask(True, i, j, q_ids, k_ids))
+        lse = state[i].lse()
+        row_scale = scale if scale.dim() == 0 else scale[i]
+        margin = lse - row_scale * diagonal
+        total += torch.nn.functional.softplus(margin, threshold=40).sum()
+        slope = margin.sigmoid()
+        row = Gradient.start(row_scale, lse, slope, need_scale)
+        for j in blocks(n, TILE_COLS):
+            g = _tile(panel, rows, j, n)
+            epilogue.grad_tile(g, g, row, None, _mask(True, i, j, q_ids, k_ids))
+            both, offset = _diagonal(i, j)
+            if both.start < both.stop:
+                g.diagonal(offset).sub_(row.weight[both.start - i.start : both.stop - i.start])
+            if need_q:
+                torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
+            if need_k:
+                grad_k[j].addmm_(g.t(), q_block)
+        if need_scale:
+            grad_scale[i] = row.scale_grad(slope) - slope * diagonal
+        if need_q:
+            left.finish(dq, i, q_block)
+            if q.dtype != dtype:
+                grad_q[i] = dq
+    if need_k:
+        for j in blocks(n, TILE_COLS):
+            right.finish(grad_k[j], j, right[j] if normalize else empty)
+    return total, grad_q, grad_k.to(k.dtype), grad_scale
+
+
+def row_nll_backward(
+    grad: Tensor, q: Tensor, k: Tensor, scale: Tensor, grad_q: Tensor, grad_k: Tensor, grad_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients found by the forward pass times the upstream one; q, k and scale only connect the graph."""
+    return grad_q * grad.to(grad_q.dtype), grad_k * grad.to(grad_k.dtype), grad_scale * grad

@@ -140,82 +140,113 @@ def _(grad, x, scale, ids, lse, normalize, need_x, need_scale):  # type: ignore[
     )
 
 
-def _save_similarity(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
-    row_lse, col_lse, _, kept = output
-    ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
+class _Once(torch.autograd.Function):
+    """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "fastloss: the contrastive losses have no second derivative (create_graph=True was asked for). "
+            "fastloss.reference.contrastive has the same losses in plain PyTorch, differentiable any number of times."
+        )
 
 
-def _similarity_backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Tensor) -> Any:
-    q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept = ctx.saved_tensors
-    need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
-    need_scale = need_row or need_col
-    grad_q, grad_k, per_row, per_col = _similarity_lse_bwd(
-        grad_row.contiguous(), grad_col.contiguous(), grad_diagonal.contiguous(),
-        q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept,
-        ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_scale,
-    )  # fmt: skip
-    return (
-        grad_q if need_q else None,
-        grad_k if need_k else None,
-        (per_row if row_scale.dim() else per_row.sum()) if need_row else None,
-        (per_col if col_scale.dim() else per_col.sum()) if need_col else None,
-        None, None, None, None, None,
-    )  # fmt: skip
+def _once(op: Any, *args: Any) -> Any:
+    # Autograd enables gradients here only for create_graph=True (and torch.func always).
+    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
-def _save_row_nll(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, scale = inputs[:3]
-    ctx.save_for_backward(q, k, scale, *output[1:])
+class _SimilarityLse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _similarity_lse(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
+        row_lse, col_lse, _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Any) -> Any:  # type: ignore[override]
+        row_scale, col_scale = ctx.saved_tensors[2:4]
+        need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
+        grad_q, grad_k, per_row, per_col = _once(
+            _similarity_lse_bwd, grad_row, grad_col, grad_diagonal, *ctx.saved_tensors,
+            ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
+        )  # fmt: skip
+        return (
+            grad_q if need_q else None,
+            grad_k if need_k else None,
+            (per_row if row_scale.dim() else per_row.sum()) if need_row else None,
+            (per_col if col_scale.dim() else per_col.sum()) if need_col else None,
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _row_nll_backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    scale = ctx.saved_tensors[2]
-    need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-    grad_q, grad_k, per_row = _row_nll_bwd(grad, *ctx.saved_tensors)
-    return (
-        grad_q if need_q else None,
-        grad_k if need_k else None,
-        (per_row if scale.dim() else per_row.sum()) if need_scale else None,
-        None, None, None, None, None, None,
-    )  # fmt: skip
+class _RowNll(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _row_nll(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        scale = ctx.saved_tensors[2]
+        need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+        grad_q, grad_k, per_row = _once(_row_nll_bwd, grad, *ctx.saved_tensors)
+        return (
+            grad_q if need_q else None,
+            grad_k if need_k else None,
+            (per_row if scale.dim() else per_row.sum()) if need_scale else None,
+            None, None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _save_self(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, ids, ctx.normalize = inputs
-    ctx.save_for_backward(x, scale, ids, output)
+class _SelfSimilarityLse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _self_similarity_lse(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, scale, ids, ctx.normalize = inputs
+        ctx.save_for_backward(x, scale, ids, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        scale = ctx.saved_tensors[1]
+        need_x, need_scale = ctx.needs_input_grad[:2]
+        grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
+        return (
+            grad_x if need_x else None,
+            (per_row if scale.dim() else per_row.sum()) if need_scale else None,
+            None,
+            None,
+        )
 
 
-def _self_backward(ctx: Any, grad: Tensor) -> Any:
-    x, scale, ids, lse = ctx.saved_tensors
-    need_x, need_scale = ctx.needs_input_grad[:2]
-    grad_x, per_row = _self_similarity_lse_bwd(
-        grad.contiguous(), x, scale, ids, lse, ctx.normalize, need_x, need_scale
-    )
-    return (
-        grad_x if need_x else None,
-        (per_row if scale.dim() else per_row.sum()) if need_scale else None,
-        None,
-        None,
-    )
-
-
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "fastloss: the contrastive losses have no second derivative (create_graph=True was asked for). "
-        "fastloss.reference.contrastive has the same losses in plain PyTorch, differentiable any number of times."
-    )
-
-
-torch.library.register_autograd(
-    "fastloss::similarity_lse_fwd", _similarity_backward, setup_context=_save_similarity, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "fastloss::self_similarity_lse_fwd", _self_backward, setup_context=_save_self, lib=_LIBRARY
-)
-torch.library.register_autograd("fastloss::row_nll_fwd", _row_nll_backward, setup_context=_save_row_nll, lib=_LIBRARY)
-for _name in ("similarity_lse_bwd", "row_nll_bwd", "self_similarity_lse_bwd"):
-    torch.library.register_autograd(f"fastloss::{_name}", _no_second_derivative, lib=_LIBRARY)
 for _name in _SCHEMAS:
     torch.library.register_vmap(
         f"fastloss::{_name}", _loop_over_batch(getattr(torch.ops.fastloss, _name).default), lib=_LIBRARY
@@ -236,7 +267,7 @@ def similarity_lse(
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
     size = q.shape[0] * k.shape[0] * (8 if q.dtype == torch.float64 else 4)
     keep = any(_needs_grad(q, k, row_scale, col_scale)) and size <= KEEP_BYTES
-    row_lse, col_lse, diagonal, _ = _similarity_lse(
+    row_lse, col_lse, diagonal, _ = _SimilarityLse.apply(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
     )
     return row_lse, col_lse, diagonal
@@ -254,7 +285,7 @@ def row_nll(
     """() in the accumulation dtype; see the module's docstring."""
     needs = _needs_grad(q, k, scale)
     if any(needs):
-        total: Tensor = _row_nll(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
+        total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
         return total
     row_lse, _, diagonal = similarity_lse(
         q, k, scale, q_ids=q_ids, k_ids=k_ids, normalize=normalize, drop_diagonal=True
@@ -279,5 +310,5 @@ def self_similarity_lse(
     normalize: bool = False,
 ) -> Tensor:
     """(M,) in the accumulation dtype; see the module's docstring."""
-    result: Tensor = _self_similarity_lse(x, scale, ids, normalize)
+    result: Tensor = _SelfSimilarityLse.apply(x, scale, ids, normalize)
     return result

@@ -51,9 +51,7 @@ class Softmax:
 
     @classmethod
     def start(cls, scale: Tensor, n: int) -> Softmax:
-        return cls(
-            (scale * LOG2_E).expand(n).contiguous(), scale.new_full((n,), -math.inf), scale.new_zeros((n,))
-        )
+        return cls((scale * LOG2_E).expand(n).contiguous(), scale.new_full((n,), -math.inf), scale.new_zeros((n,)))
 
     def __getitem__(self, part: slice) -> Softmax:
         return Softmax(self.scale[part], self.max[part], self.sum[part])
@@ -197,9 +195,7 @@ def lse_forward(
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both] = c.diagonal(offset)
-            epilogue.lse_tile(
-                c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids)
-            )
+            epilogue.lse_tile(c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
     return row.lse(), row.max.new_empty((0,)) if col is None else col.lse(), diagonal, kept
 
 
@@ -243,9 +239,7 @@ def lse_backward(
             k_block = right[j]
             g = _tile(scratch, i, j)
             c = _tile(kept, i, j, n) if kept.shape[0] else torch.mm(q_block, k_block.t(), out=g)
-            epilogue.grad_tile(
-                c, g, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids)
-            )
+            epilogue.grad_tile(c, g, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 g.diagonal(offset).add_(grad_diagonal[both])

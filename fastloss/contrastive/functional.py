@@ -84,7 +84,8 @@ def info_nce(
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, and blocks of 3072 D numbers. Problems with up to 16 MiB of
-        similarities keep them until the backward pass. "paired" stores its (B, M) logits, which are fewer than its inputs.
+        similarities keep them until the backward pass; "sum" and "mean" in one direction hold a panel of whole rows
+        instead, max(16 MiB, 512 B) bytes in float32. "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not.
@@ -270,7 +271,8 @@ def nt_xent(
         z = [z^0; z^1],\; p(i) = i \pm B,\; c = \text{cosine}
 
     A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
-    ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed once.
+    ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed
+    once.
 
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.

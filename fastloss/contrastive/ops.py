@@ -28,7 +28,8 @@ _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 _SCHEMAS = {
     "similarity_lse_fwd": (
         "(Tensor q, Tensor k, Tensor row_scale, Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, "
-        "bool normalize, bool drop_diagonal, bool keep) -> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor kept)"
+        "bool normalize, bool drop_diagonal, bool keep) "
+        "-> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor kept)"
     ),
     "similarity_lse_bwd": (
         "(Tensor grad_row, Tensor grad_col, Tensor grad_diagonal, Tensor q, Tensor k, Tensor row_scale, "
@@ -181,7 +182,7 @@ class _SimilarityLse(torch.autograd.Function):
         ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
 
     @staticmethod
-    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Any) -> Any:
         row_scale, col_scale = ctx.saved_tensors[2:4]
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
         grad_q, grad_k, per_row, per_col = _once(
@@ -210,7 +211,7 @@ class _RowNll(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         scale = ctx.saved_tensors[2]
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         grad_q, grad_k, per_row = _once(_row_nll_bwd, grad, *ctx.saved_tensors)
@@ -235,7 +236,7 @@ class _SelfSimilarityLse(torch.autograd.Function):
         ctx.save_for_backward(x, scale, ids, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         scale = ctx.saved_tensors[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
         grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)

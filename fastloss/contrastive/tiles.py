@@ -148,7 +148,7 @@ def blocks(n: int, size: int, first: int = 0) -> Iterator[slice]:
 
 
 def _tile(buffer: Tensor, rows: slice, cols: slice, n: int | None = None) -> Tensor:
-    """The contiguous tile (rows, cols) at the start of a scratch buffer, or at its own place among those of n columns."""
+    """The contiguous tile (rows, cols): at the start of a scratch buffer, or at its place among those of n columns."""
     shape = (rows.stop - rows.start, cols.stop - cols.start)
     start = 0 if n is None else rows.start * n + shape[0] * cols.start
     return buffer[start : start + shape[0] * shape[1]].view(shape)
@@ -332,7 +332,7 @@ def row_nll(
     need_k: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_i softplus(lse_i - scale_i c_ii) over the rows, lse_i without the diagonal, and its gradients, in one sweep."""
+    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep."""
     m, n = q.shape[0], k.shape[0]
     height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
     left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)

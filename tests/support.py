@@ -32,7 +32,9 @@ def assert_as_accurate_as_torch(
         floor += torch.finfo(actual.dtype).eps * largest + torch.finfo(actual.dtype).smallest_normal
     baseline_error = float((baseline.double() - truth64).abs().max())
     assert baseline_error < float("inf"), f"{name}: the baseline itself is not finite"
-    _assert_within(actual, truth64, ORDER_FACTOR * baseline_error + floor, name, f"; baseline error {baseline_error:.3e}")
+    _assert_within(
+        actual, truth64, ORDER_FACTOR * baseline_error + floor, name, f"; baseline error {baseline_error:.3e}"
+    )
 
 
 def assert_equal_to_rounding(

@@ -1,6 +1,6 @@
 """Inputs of the contrastive losses, and their evaluation by fastloss, the float64 reference and plain torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,10 +36,10 @@ VARIANTS = [
     "info_nce paired dot",
     "clip_loss",
     "clip_loss ids",
-    "clip_loss key_ids",
+    "clip_loss key_ids row_temperature",
     "nt_xent",
     "nt_xent dot",
-    "nt_xent ids",
+    "nt_xent ids row_temperature",
 ]
 
 
@@ -76,7 +76,7 @@ class Problem:
     @property
     def largest_scale(self) -> float:
         if "logit_scale" in self.tensors:
-            return float(self.tensors["logit_scale"])
+            return float(self.tensors["logit_scale"].max())
         return 1 / float(self.tensors["temperature"].min())
 
     @property
@@ -156,7 +156,7 @@ class Result(NamedTuple):
 
 def upstream_of(loss: Tensor) -> Tensor:
     """A gradient of the loss that is neither 1, nor equal for all rows, nor of one sign."""
-    return torch.linspace(-1.0, 1.7, max(loss.numel(), 1), dtype=loss.dtype)[-loss.numel() or 1 :].reshape(loss.shape)
+    return torch.linspace(1.7, -1.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
 
 
 def evaluate(
@@ -166,7 +166,6 @@ def evaluate(
     leaf_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     requires_grad: Iterable[str] | None = None,
-    loss_of: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
 ) -> Result:
     """Loss and gradients. Inputs are cast to `leaf_dtype`, and to `compute_dtype` inside the graph, where given."""
     wanted = set(problem.tensors if requires_grad is None else requires_grad)
@@ -175,7 +174,7 @@ def evaluate(
         for name, x in problem.tensors.items()
     }
     inputs = leaves if compute_dtype is None else {name: x.to(compute_dtype) for name, x in leaves.items()}
-    loss = problem(api, inputs) if loss_of is None else loss_of(api, inputs)
+    loss = problem(api, inputs)
     if wanted:
         loss.backward(upstream_of(loss))
     gradients = {name: leaves[name].grad for name in problem.tensors if name in wanted}

@@ -1,0 +1,46 @@
+// Epilogues of the contrastive family on one tile of similarities, c (rows, cols), row-major with leading
+// dimension cols. Raw pointers and sizes only; who calls owns every buffer.
+//
+// A direction is "rows" (statistics over the columns of each row) or "cols". Logits are in base 2:
+// z_ij = row_scale[i] * c_ij in the row direction, col_scale[j] * c_ij in the column direction.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastloss {
+namespace cpu {
+
+// Which pairs of a tile are left out of every sum.
+struct Mask {
+  int64_t diagonal;        // pair (i, i + diagonal) is left out; kNoDiagonal for none
+  const int64_t* row_ids;  // (rows,) and (cols,): pairs with equal ids are left out; both null for none
+  const int64_t* col_ids;
+};
+constexpr int64_t kNoDiagonal = INT64_MIN;
+
+// Rows handled together by one thread; fixes the split of the work, so results do not depend on the thread count.
+constexpr int64_t kChunk = 32;
+
+template <class T>
+struct ContrastiveKernels {
+  // Online log-sum-exp: (row_max, row_sum) (rows,) hold max z and sum 2^(z - max) of what was seen so far, and are
+  // updated; likewise (col_max, col_sum) (cols,) unless col_scale is null. Start from (-inf, 0).
+  // partials: scratch of 2 * ceil(rows / kChunk) * cols, unused (may be null) without columns.
+  void (*lse_tile)(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask,
+                   T* row_max, T* row_sum, T* col_max, T* col_sum, T* partials, int threads);
+
+  // g_ij = row_weight[i] * P_ij + col_weight[j] * R_ij with the softmax entries
+  // P_ij = 2^(row_scale[i] c_ij - row_lse[i]), R_ij = 2^(col_scale[j] c_ij - col_lse[j]); 0 where masked.
+  // g may be c. If row_dot is not null, row_dot[i] += sum_j P_ij c_ij, and col_dot[j] += sum_i R_ij c_ij
+  // (partials: scratch of ceil(rows / kChunk) * cols). Column arguments are null without columns.
+  void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse,
+                    const T* row_weight, const T* col_scale, const T* col_lse, const T* col_weight, Mask mask,
+                    T* row_dot, T* col_dot, T* partials, int threads);
+};
+
+// The kernels compiled for the chosen instruction set; see isa.h.
+template <class T>
+const ContrastiveKernels<T>& contrastive_kernels();
+
+}  // namespace cpu
+}  // namespace fastloss

@@ -1,0 +1,86 @@
+"""Argument checks shared by the families: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_reduction(function: str, reduction: Any) -> None:
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"{function}: `reduction` must be 'none', 'sum' or 'mean', got {reduction!r}")
+
+
+def check_floating(function: str, name: str, x: Any, shape: str, dims: int) -> None:
+    """A floating-point tensor of `dims` dimensions; `shape` is how the message writes it, as in "(B, D)"."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: `{name}` must be a tensor of shape {shape}, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{function}: `{name}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.dim() != dims:
+        raise ValueError(f"{function}: `{name}` must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_size(function: str, name: str, x: Tensor, dim: int, size: int, why: str) -> None:
+    if x.shape[dim] != size:
+        raise ValueError(
+            f"{function}: `{name}` must have size {size} in dimension {dim} ({why}), got shape {tuple(x.shape)}"
+        )
+
+
+def check_device(function: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{function}: `{name}` must be on {other.device} as `{other_name}`, got {x.device}")
+
+
+def check_ids(function: str, name: str, ids: Any, shape: tuple[int, ...], other_name: str, other: Tensor) -> Tensor:
+    """Integer ids of the given shape, as contiguous int64."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{function}: `{name}` must be an integer tensor of shape {shape}, got {type(ids).__name__}")
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise TypeError(f"{function}: `{name}` must be an integer tensor, got {ids.dtype}")
+    if tuple(ids.shape) != shape:
+        raise ValueError(f"{function}: `{name}` must have shape {shape}, got {tuple(ids.shape)}")
+    check_device(function, name, ids, other_name, other)
+    return ids.to(torch.int64).contiguous()
+
+
+def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Tensor, *, positive: bool) -> Tensor:
+    """A temperature or scale as a 0-dim or (rows,) tensor in the accumulation dtype of x, differentiable if it was."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {value.dtype}")
+        if value.numel() == 1 and value.dim() <= 1:
+            value = value.reshape(())
+        elif tuple(value.shape) in ((rows,), (rows, 1)):
+            value = value.reshape(rows)
+        else:
+            raise ValueError(
+                f"{function}: `{name}` must be a float, a 0-dim tensor or one value a row ({rows},), "
+                f"got shape {tuple(value.shape)}"
+            )
+        if value.dim():
+            check_device(function, name, value, "the features", x)
+        return value.to(device=x.device, dtype=dtype)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{function}: `{name}` must be finite{' and positive' if positive else ''}, got {value}")
+    return torch.full((), value, dtype=dtype, device=x.device)
+
+
+def check_group(function: str, group: Any) -> None:
+    if group is None:
+        return
+    size = torch.distributed.get_world_size(group)
+    if size != 1:
+        raise ValueError(
+            f"{function}: `group` must be None or a process group of one rank in this version of fastloss, "
+            f"got {size} ranks"
+        )

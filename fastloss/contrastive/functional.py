@@ -1,0 +1,361 @@
+"""The contrastive losses: checks, one or two calls of the streaming ops, and a softplus.
+
+With S_ij = c_ij / T_i and the positive p of row i, every loss of the family is
+    loss_i = -log( exp(S_ip) / (exp(S_ip) + sum_{j kept} exp(S_ij)) ) = softplus( log sum_{j kept} exp(S_ij) - S_ip ),
+where j runs over negatives only. The softplus form keeps full relative precision when the loss is close to zero, where
+a difference of two nearly equal logarithms has none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss._checks import (
+    check_device,
+    check_floating,
+    check_group,
+    check_ids,
+    check_reduction,
+    check_scalar_or_rows,
+    check_size,
+)
+from fastloss.contrastive.ops import accumulation_dtype, self_similarity_lse, similarity_lse
+from fastloss.contrastive.tiles import NORM_EPS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    normalize: bool = True,
+    symmetric: bool = False,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""InfoNCE loss, without the batch-by-batch matrix of similarities.
+
+    .. math::
+        \ell_i = -\log \frac{\exp(c_{ii} / T_i)}{\exp(c_{ii} / T_i) + \sum_{j \in N(i)} \exp(c_{ij} / T_i)},
+        \qquad c_{ij} = \frac{q_i \cdot k_j}{\max(|q_i|, 10^{-12}) \max(|k_j|, 10^{-12})}
+
+    A drop-in for ``info_nce`` of the package *info-nce-pytorch*; the keyword-only arguments are additions.
+
+    Args:
+        query: (B, D), float64, float32, bfloat16 or float16; any strides.
+        positive_key: (B, D); row i is the positive of query i.
+        negative_keys: None: the negatives of query i are the other rows of `positive_key`. Else the only negatives:
+            (M, D) shared by all queries ("unpaired") or (B, M, D), M for each ("paired").
+        temperature: float > 0, or a tensor, differentiable: 0-dim, or one value a query, (B,) or (B, 1).
+        reduction: "none" gives (B,); "sum"; "mean".
+        negative_mode: "unpaired" or "paired"; matters only with `negative_keys`.
+        normalize: False takes dot products for c_ij instead of cosines.
+        symmetric: average of both directions, query to key and key to query, in one sweep (in-batch only). Key j is
+            an anchor with the temperature of sample j.
+        query_ids: (B,) integers; a negative whose id equals the query's is left out (a false negative).
+        key_ids: ids of the keys; by default `query_ids`. In-batch (B,), or (B + M,) with those of `extra_negatives`;
+            (M,) for "unpaired" and (B, M) for "paired" negatives.
+        extra_negatives: (M, D) more negatives for every query beside the in-batch ones: a queue, a memory bank, mined
+            ones. They join the query-to-key direction. Without ids they are never left out.
+        group: None, or a process group of one rank.
+
+    Returns:
+        float64 for float64 inputs, float32 otherwise (16-bit inputs are multiplied and summed in float32).
+        A query with no negatives left has loss 0. B = 0 gives 0 for "sum" and NaN for "mean".
+        A row of zeros has cosine 0 with everything, and gradient 0. NaN in a row makes every loss that uses it NaN.
+
+    Raises:
+        TypeError: not tensors, or not of a floating (ids: integer) dtype.
+        ValueError: shapes or devices that do not fit, a float temperature that is not finite and positive,
+            unknown `reduction` or `negative_mode`, options that exclude each other.
+        RuntimeError: a second derivative is asked for.
+
+    Memory:
+        O((B + M) D): the gradients, one tile of 2 MiB, and blocks of 3072 D numbers. Problems with up to 16 MiB of
+        similarities keep them until the backward pass. "paired" stores its (B, M) logits, which are fewer than its inputs.
+
+    Determinism:
+        The result does not depend on the number of threads as far as the BLAS library's products do not.
+
+    Source:
+        van den Oord, Li and Vinyals, *Representation learning with contrastive predictive coding*, 2018.
+
+    Example:
+        >>> q, k = torch.eye(3), torch.eye(3)
+        >>> fastloss.info_nce(q, k, temperature=1.0)  # log(e + 2) - 1
+        tensor(0.5514)
+    """
+    name = "info_nce"
+    check_reduction(name, reduction)
+    if negative_mode not in ("unpaired", "paired"):
+        raise ValueError(f"{name}: `negative_mode` must be 'unpaired' or 'paired', got {negative_mode!r}")
+    _check_pair(name, "query", query, "positive_key", positive_key)
+    b, d = query.shape
+    if negative_keys is not None:
+        paired = negative_mode == "paired"
+        if symmetric:
+            raise ValueError(f"{name}: `symmetric` must be False with `negative_keys`, got True")
+        if extra_negatives is not None:
+            raise ValueError(f"{name}: `extra_negatives` must be None with `negative_keys`, got a tensor")
+        check_floating(name, "negative_keys", negative_keys, "(B, M, D)" if paired else "(M, D)", 3 if paired else 2)
+        if paired:
+            check_size(name, "negative_keys", negative_keys, 0, b, "one row of negatives a query")
+        check_size(name, "negative_keys", negative_keys, -1, d, "the width of `query`")
+        check_device(name, "negative_keys", negative_keys, "query", query)
+    if extra_negatives is not None:
+        check_floating(name, "extra_negatives", extra_negatives, "(M, D)", 2)
+        check_size(name, "extra_negatives", extra_negatives, 1, d, "the width of `query`")
+        check_device(name, "extra_negatives", extra_negatives, "query", query)
+    check_group(name, group)
+    scale = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True).reciprocal()
+    if key_ids is not None and query_ids is None:
+        raise ValueError(f"{name}: `query_ids` must be given with `key_ids`, got None")
+    if query_ids is not None:
+        query_ids = check_ids(name, "query_ids", query_ids, (b,), "query", query)
+
+    if negative_keys is not None:
+        if query_ids is not None:
+            if key_ids is None:
+                raise ValueError(f"{name}: `key_ids` must be given with `query_ids` and `negative_keys`, got None")
+            key_ids = check_ids(name, "key_ids", key_ids, tuple(negative_keys.shape[:-1]), "query", query)
+        query, positive_key, negative_keys = _common_dtype(query, positive_key, negative_keys)
+        positive = scale * _row_similarity(query, positive_key, normalize)
+        if negative_keys.dim() == 2:
+            negatives, _, _ = similarity_lse(
+                query, negative_keys, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize
+            )
+        else:
+            logits = scale.reshape(-1, 1) * _row_similarity(query.unsqueeze(1), negative_keys, normalize)
+            if query_ids is not None and key_ids is not None:
+                logits = logits.masked_fill(query_ids.unsqueeze(1) == key_ids, -math.inf)
+            negatives = logits.logsumexp(1)
+        return _reduce(_nll(negatives, positive), reduction)
+
+    extra_ids = None
+    if query_ids is not None:
+        if key_ids is None:
+            key_ids = query_ids
+        elif extra_negatives is not None and isinstance(key_ids, Tensor) and tuple(key_ids.shape) != (b,):
+            key_ids = check_ids(name, "key_ids", key_ids, (b + len(extra_negatives),), "query", query)
+            key_ids, extra_ids = key_ids[:b], key_ids[b:]
+        else:
+            key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
+    query, positive_key = _common_dtype(query, positive_key)
+    row, col, diagonal = similarity_lse(
+        query,
+        positive_key,
+        scale,
+        scale if symmetric else None,
+        q_ids=query_ids,
+        k_ids=key_ids,
+        normalize=normalize,
+        drop_diagonal=True,
+    )
+    positive = scale * diagonal
+    if extra_negatives is not None:
+        ids = None if extra_ids is None else query_ids
+        query, extra_negatives = _common_dtype(query, extra_negatives)
+        extra, _, _ = similarity_lse(query, extra_negatives, scale, q_ids=ids, k_ids=extra_ids, normalize=normalize)
+        row = _add_exp(row, extra)
+    loss = _nll(row, positive)
+    if symmetric:
+        loss = (loss + _nll(col, positive)) / 2
+    return _reduce(loss, reduction)
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    output_dict: bool = False,
+    *,
+    reduction: str = "mean",
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor | dict[str, Tensor]:
+    r"""CLIP's symmetric contrastive loss, both directions from one sweep over the similarities.
+
+    .. math::
+        \ell_i = -\tfrac12 \log\frac{e^{s\, x_i \cdot y_i}}{\sum_j e^{s\, x_i \cdot y_j}}
+                 -\tfrac12 \log\frac{e^{s\, x_i \cdot y_i}}{\sum_j e^{s\, x_j \cdot y_i}}
+
+    A drop-in for open_clip's ``ClipLoss()(image_features, text_features, logit_scale, logit_bias, output_dict)``.
+
+    Args:
+        image_features: (B, D), normalised by the caller; float64, float32, bfloat16 or float16; any strides.
+        text_features: (B, D), likewise; row i belongs to image i.
+        logit_scale: s, the factor itself (open_clip's models return ``logit_scale.exp()``): float, or a
+            differentiable tensor, 0-dim or one value a row (B,).
+        logit_bias: a constant added to all logits. The loss does not depend on it; its gradient is zero.
+        output_dict: True returns ``{"contrastive_loss": loss}``.
+        reduction: "none" gives (B,); "sum"; "mean".
+        image_ids: (B,) integers; pairs of equal id other than (i, i) are left out (false negatives).
+        text_ids: (B,) integers; by default `image_ids`.
+        group: None, or a process group of one rank.
+
+    Returns:
+        float64 for float64 inputs, float32 otherwise; B = 0 gives 0 for "sum" and NaN for "mean".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`info_nce`.
+
+    Memory, determinism:
+        As :func:`info_nce`.
+
+    Source:
+        Radford et al., *Learning transferable visual models from natural language supervision*, 2021.
+
+    Example:
+        >>> x = torch.nn.functional.normalize(torch.eye(4), dim=-1)
+        >>> fastloss.clip_loss(x, x, 10.0)  # log(1 + 3 exp(-10))
+        tensor(0.0001)
+    """
+    name = "clip_loss"
+    check_reduction(name, reduction)
+    _check_pair(name, "image_features", image_features, "text_features", text_features)
+    check_group(name, group)
+    b = len(image_features)
+    scale = check_scalar_or_rows(name, "logit_scale", logit_scale, b, image_features, positive=False)
+    if text_ids is not None and image_ids is None:
+        raise ValueError(f"{name}: `image_ids` must be given with `text_ids`, got None")
+    if image_ids is not None:
+        image_ids = check_ids(name, "image_ids", image_ids, (b,), "image_features", image_features)
+        text_ids = image_ids if text_ids is None else text_ids
+        text_ids = check_ids(name, "text_ids", text_ids, (b,), "image_features", image_features)
+    bias = None
+    if logit_bias is not None:
+        bias = check_scalar_or_rows(name, "logit_bias", logit_bias, 1, image_features, positive=False)
+    image_features, text_features = _common_dtype(image_features, text_features)
+    row, col, diagonal = similarity_lse(
+        image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
+    )
+    positive = scale * diagonal
+    loss = _reduce((_nll(row, positive) + _nll(col, positive)) / 2, reduction)
+    if bias is not None:
+        loss = loss + 0 * bias.reshape(())
+    return {"contrastive_loss": loss} if output_dict else loss
+
+
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    normalize: bool = True,
+    ids: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""NT-Xent, the loss of SimCLR: 2B anchors, each against its other view and the 2B - 2 views of the others.
+
+    .. math::
+        \ell_i = -\log \frac{\exp(c_{i,p(i)} / T)}{\sum_{j \ne i} \exp(c_{ij} / T)}, \qquad
+        z = [z^0; z^1],\; p(i) = i \pm B,\; c = \text{cosine}
+
+    A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
+    ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed once.
+
+    Args:
+        z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.
+        z1: (B, D) second views.
+        temperature: float >= 1e-8, or a differentiable tensor, 0-dim or one value a sample (B,).
+        reduction: "none" gives (2B,), the anchors of z0 first; "sum"; "mean".
+        normalize: False takes dot products for c_ij instead of cosines.
+        ids: (B,) integers; both views of another sample of equal id are left out (false negatives).
+        group: None, or a process group of one rank.
+
+    Returns:
+        float64 for float64 inputs, float32 otherwise; B = 0 gives 0 for "sum" and NaN for "mean".
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`info_nce`.
+
+    Memory, determinism:
+        As :func:`info_nce`.
+
+    Source:
+        Chen et al., *A simple framework for contrastive learning of visual representations*, 2020.
+
+    Example:
+        >>> z = torch.eye(2)
+        >>> fastloss.nt_xent(z, z, temperature=1.0)  # log(e + 2) - 1
+        tensor(0.5514)
+    """
+    name = "nt_xent"
+    check_reduction(name, reduction)
+    _check_pair(name, "z0", z0, "z1", z1)
+    check_group(name, group)
+    b = len(z0)
+    if isinstance(temperature, (int, float)) and abs(temperature) < 1e-8:
+        raise ValueError(f"{name}: `temperature` must be at least 1e-8, got {temperature}")
+    scale = check_scalar_or_rows(name, "temperature", temperature, b, z0, positive=True).reciprocal()
+    if ids is not None:
+        ids = check_ids(name, "ids", ids, (b,), "z0", z0)
+    z0, z1 = _common_dtype(z0, z1)
+    within0 = self_similarity_lse(z0, scale, ids=ids, normalize=normalize)
+    within1 = self_similarity_lse(z1, scale, ids=ids, normalize=normalize)
+    row, col, diagonal = similarity_lse(
+        z0, z1, scale, scale, q_ids=ids, k_ids=ids, normalize=normalize, drop_diagonal=True
+    )
+    positive = scale * diagonal
+    loss = torch.cat([_nll(_add_exp(within0, row), positive), _nll(_add_exp(within1, col), positive)])
+    return _reduce(loss, reduction)
+
+
+def _check_pair(function: str, name: str, x: Any, other_name: str, other: Any) -> None:
+    check_floating(function, name, x, "(B, D)", 2)
+    check_floating(function, other_name, other, "(B, D)", 2)
+    check_size(function, other_name, other, 0, x.shape[0], f"the rows of `{name}`")
+    check_size(function, other_name, other, 1, x.shape[1], f"the width of `{name}`")
+    check_device(function, other_name, other, name, x)
+
+
+def _common_dtype(first: Tensor, *others: Tensor) -> list[Tensor]:
+    """The widest dtype among the inputs, as torch promotes it (autocast may hand over mixed ones)."""
+    dtype = first.dtype
+    for x in others:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in (first, *others)]
+
+
+def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
+    """Dot products or cosines along the last dimension, broadcast, in the accumulation dtype."""
+    dtype = accumulation_dtype(q.dtype)
+    dot = torch.einsum("...d,...d->...", q.to(dtype), k.to(dtype))
+    return dot * _inverse_norm(q, dtype) * _inverse_norm(k, dtype) if normalize else dot
+
+
+def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    return torch.where(norm == 0, 0, norm.clamp(min=NORM_EPS).reciprocal())
+
+
+def _nll(negatives: Tensor, positive: Tensor) -> Tensor:
+    """-log(e^positive / (e^positive + e^negatives)); softplus(x) = x beyond 40 to the last bit of float64."""
+    return F.softplus(negatives - positive, threshold=40)
+
+
+def _add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b); unlike `logaddexp`, its gradient is zero, not NaN, where both are -inf."""
+    return torch.stack((a, b)).logsumexp(0)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()

@@ -1,0 +1,148 @@
+"""The contrastive losses as modules, with the constructors of the libraries they stand in for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastloss._checks import check_reduction
+from fastloss.contrastive.functional import clip_loss, info_nce, nt_xent
+
+
+class InfoNCE(nn.Module):
+    """:func:`fastloss.info_nce` as a module; a drop-in for ``info_nce.InfoNCE``.
+
+    Args:
+        temperature, reduction, negative_mode, normalize, symmetric: as :func:`fastloss.info_nce`. A temperature that
+            is an ``nn.Parameter`` is learned.
+
+    Example:
+        >>> loss = fastloss.InfoNCE(temperature=nn.Parameter(torch.tensor(0.1)))
+        >>> loss(torch.eye(3), torch.eye(3)).requires_grad
+        True
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        normalize: bool = True,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        check_reduction("InfoNCE", reduction)
+        self.temperature = temperature
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+        self.normalize = normalize
+        self.symmetric = symmetric
+
+    def forward(
+        self,
+        query: Tensor,
+        positive_key: Tensor,
+        negative_keys: Tensor | None = None,
+        *,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        extra_negatives: Tensor | None = None,
+    ) -> Tensor:
+        return info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            self.temperature,
+            self.reduction,
+            self.negative_mode,
+            normalize=self.normalize,
+            symmetric=self.symmetric,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            extra_negatives=extra_negatives,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}, symmetric={self.symmetric}"
+
+
+class ClipLoss(nn.Module):
+    """:func:`fastloss.clip_loss` as a module; a drop-in for ``open_clip.ClipLoss`` in one process.
+
+    Args:
+        local_loss, gather_with_grad, rank, world_size: open_clip's description of the distributed loss; `world_size`
+            must be 1, which makes the other three irrelevant.
+        cache_labels: accepted for compatibility; there are no labels to cache.
+
+    Raises:
+        ValueError: `world_size` is not 1.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        if world_size != 1:
+            raise ValueError(f"ClipLoss: `world_size` must be 1 in this version of fastloss, got {world_size}")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        return clip_loss(image_features, text_features, logit_scale, logit_bias, output_dict)
+
+
+class NTXentLoss(nn.Module):
+    """:func:`fastloss.nt_xent` as a module; a drop-in for ``lightly.loss.NTXentLoss`` without a memory bank.
+
+    Args:
+        temperature: as :func:`fastloss.nt_xent`.
+        memory_bank_size: must be 0; a bank of negatives is ``fastloss.info_nce(..., extra_negatives=bank)``.
+        gather_distributed: True asks for the loss over all ranks; the default process group must then have one.
+
+    Raises:
+        ValueError: a temperature below 1e-8 in size, or a memory bank.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int | tuple[int, int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(temperature, Tensor) and abs(temperature) < 1e-8:
+            raise ValueError(f"NTXentLoss: `temperature` must be at least 1e-8, got {temperature}")
+        if memory_bank_size != 0:
+            raise ValueError(
+                "NTXentLoss: `memory_bank_size` must be 0; pass a bank as `extra_negatives` of info_nce, "
+                f"got {memory_bank_size}"
+            )
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        distributed = self.gather_distributed and torch.distributed.is_initialized()
+        return nt_xent(out0, out1, self.temperature, group=torch.distributed.group.WORLD if distributed else None)
+
+    def extra_repr(self) -> str:
+        return f"temperature={_shown(self.temperature)}"
+
+
+def _shown(temperature: float | Tensor) -> str:
+    return "learned" if isinstance(temperature, Tensor) else str(temperature)

@@ -1,0 +1,75 @@
+"""The contrastive ops on the CPU core: the tile loops of `tiles.py`, epilogues from csrc/cpu/contrastive.h."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastloss._backends import native_core
+from fastloss.contrastive import tiles
+from fastloss.contrastive.tiles import Gradient, Mask, Softmax
+
+_C = native_core()
+_LSE_TILE = {torch.float32: _C.lse_tile_float, torch.float64: _C.lse_tile_double}
+_GRAD_TILE = {torch.float32: _C.grad_tile_float, torch.float64: _C.grad_tile_double}
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _mask_arguments(mask: Mask) -> tuple[int, int, int]:
+    diagonal = _C.NO_DIAGONAL if mask.diagonal is None else mask.diagonal
+    return diagonal, _address(mask.row_ids), _address(mask.col_ids)
+
+
+def _partials(c: Tensor, per_chunk: int) -> Tensor:
+    """Scratch for the column sums of each chunk of rows; bounded by the tile: cols * rows / 32 * per_chunk."""
+    chunks = -(-c.shape[0] // _C.CHUNK)
+    return c.new_empty((per_chunk * chunks * c.shape[1],))
+
+
+class _Epilogue:
+    def lse_tile(self, c: Tensor, row: Softmax, col: Softmax | None, mask: Mask) -> None:
+        partials = None if col is None else _partials(c, 2)
+        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.max.data_ptr(), col.sum.data_ptr())
+        _LSE_TILE[c.dtype](
+            c.data_ptr(),
+            *c.shape,
+            row.scale.data_ptr(),
+            columns[0],
+            *_mask_arguments(mask),
+            row.max.data_ptr(),
+            row.sum.data_ptr(),
+            columns[1],
+            columns[2],
+            _address(partials),
+            torch.get_num_threads(),
+        )
+
+    def grad_tile(self, c: Tensor, out: Tensor, row: Gradient, col: Gradient | None, mask: Mask) -> None:
+        partials = _partials(c, 1) if col is not None and col.dot is not None else None
+        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.lse.data_ptr(), col.weight.data_ptr())
+        _GRAD_TILE[c.dtype](
+            c.data_ptr(),
+            out.data_ptr(),
+            *c.shape,
+            row.scale.data_ptr(),
+            row.lse.data_ptr(),
+            row.weight.data_ptr(),
+            *columns,
+            *_mask_arguments(mask),
+            _address(row.dot),
+            0 if col is None else _address(col.dot),
+            _address(partials),
+            torch.get_num_threads(),
+        )
+
+
+_epilogue = _Epilogue()
+similarity_lse_fwd = partial(tiles.lse_forward, _epilogue)
+similarity_lse_bwd = partial(tiles.lse_backward, _epilogue)
+self_similarity_lse_fwd = partial(tiles.self_lse_forward, _epilogue)
+self_similarity_lse_bwd = partial(tiles.self_lse_backward, _epilogue)

@@ -125,7 +125,10 @@ class TestEmpty:
         check(make_problem(variant, columns=0))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("variant", ["info_nce ids", "info_nce symmetric ids", "clip_loss ids", "nt_xent ids"])
+    @pytest.mark.parametrize(
+        "variant",
+        ["info_nce ids", "info_nce symmetric ids", "info_nce extra extra_ids", "clip_loss ids", "nt_xent ids"],
+    )
     def test_all_negatives_left_out(self, variant: str, dtype: torch.dtype) -> None:
         problem = make_problem(variant, dtype=dtype)
         same = {name: torch.full_like(x, 3) for name, x in problem.options.items() if name.endswith("ids")}

@@ -13,24 +13,32 @@ ULPS = 4.0
 
 
 def assert_as_accurate_as_torch(
-    actual: Tensor, truth64: Tensor, baseline: Tensor, *, magnitude: float = 0.0, name: str = "result"
+    actual: Tensor,
+    truth64: Tensor,
+    baseline: Tensor,
+    *,
+    magnitude: float = 0.0,
+    weight: Tensor | float = 1.0,
+    name: str = "result",
 ) -> None:
     """`actual` is as close to the float64 truth as the plain torch `baseline` of the same inputs and dtype.
 
     max|actual - truth| <= ORDER_FACTOR * max|baseline - truth| + ULPS * ulp, with the ulp of the largest of the truth
     and `magnitude`, the largest intermediate whose rounding enters the result. Half precision outputs are computed in
-    float32 and rounded once, so their floor is a single ulp.
+    float32 and rounded once, so their floor is a single ulp. `weight` brings entries of different scale to one.
     """
     assert actual.dtype == baseline.dtype, f"{name}: {actual.dtype}, expected {baseline.dtype}"
     assert actual.shape == truth64.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth64.shape)}"
     if truth64.numel() == 0:
         return
     half = actual.dtype in (torch.float16, torch.bfloat16)
+    info = torch.finfo(actual.dtype)
+    actual, truth64, baseline = actual.double() * weight, truth64 * weight, baseline.double() * weight
     largest = float(truth64.abs().max())
-    floor = ULPS * torch.finfo(torch.float32 if half else actual.dtype).eps * max(largest, magnitude)
+    floor = ULPS * (torch.finfo(torch.float32).eps if half else info.eps) * max(largest, magnitude)
     if half:
-        floor += torch.finfo(actual.dtype).eps * largest + torch.finfo(actual.dtype).smallest_normal
-    baseline_error = float((baseline.double() - truth64).abs().max())
+        floor += info.eps * largest + info.smallest_normal * float(torch.as_tensor(weight).max())
+    baseline_error = float((baseline - truth64).abs().max())
     assert baseline_error < float("inf"), f"{name}: the baseline itself is not finite"
     _assert_within(
         actual, truth64, ORDER_FACTOR * baseline_error + floor, name, f"; baseline error {baseline_error:.3e}"
@@ -38,7 +46,13 @@ def assert_as_accurate_as_torch(
 
 
 def assert_equal_to_rounding(
-    actual: Tensor, expected: Tensor, *, terms: int, magnitude: float = 0.0, name: str = "result"
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    terms: int,
+    magnitude: float = 0.0,
+    weight: Tensor | float = 1.0,
+    name: str = "result",
 ) -> None:
     """Equal up to the rounding of a sum of `terms` terms: |difference| <= terms * eps * largest value involved.
 
@@ -48,12 +62,13 @@ def assert_equal_to_rounding(
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
-    largest = max(float(expected.abs().max()), magnitude)
-    _assert_within(actual, expected.double(), terms * torch.finfo(actual.dtype).eps * largest, name, "")
+    eps = torch.finfo(actual.dtype).eps
+    actual, expected = actual.double() * weight, expected.double() * weight
+    _assert_within(actual, expected, terms * eps * max(float(expected.abs().max()), magnitude), name, "")
 
 
 def _assert_within(actual: Tensor, expected: Tensor, tolerance: float, name: str, note: str) -> None:
-    error = (actual.double() - expected).abs()
+    error = (actual - expected).abs()
     # A NaN compares false with everything, so it counts as the worst entry.
     worst = int(error.nan_to_num(nan=float("inf")).argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))

@@ -73,15 +73,16 @@ def clip_loss(
 ) -> Tensor | dict[str, Tensor]:
     """CLIP: mean of the cross-entropies of picking the text of each image and the image of each text.
 
-    S = logit_scale * image_features @ text_features.T + logit_bias; the features are used as they come.
+    S_ij = logit_scale_i * <image_i, text_j> + logit_bias; the features are used as they come.
     """
-    logits = logit_scale * image_features @ text_features.T
-    if logit_bias is not None:
-        logits = logits + logit_bias
-    kept = _other_samples(len(logits), image_ids, text_ids, logits.device)
-    positive = logits.diagonal()[:, None]
-    losses = (_cross_entropy(positive, logits, kept) + _cross_entropy(positive, logits.T, kept.T)) / 2
-    loss = _reduce(losses, reduction)
+    scale = _column(logit_scale)
+    bias = 0.0 if logit_bias is None else logit_bias
+    similarity = image_features @ text_features.T
+    kept = _other_samples(len(similarity), image_ids, text_ids, similarity.device)
+    positive = scale * similarity.diagonal()[:, None] + bias
+    from_images = _cross_entropy(positive, scale * similarity + bias, kept)
+    from_texts = _cross_entropy(positive, scale * similarity.T + bias, kept.T)
+    loss = _reduce((from_images + from_texts) / 2, reduction)
     return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -99,7 +100,7 @@ def nt_xent(
     if normalize:
         z = _unit(z)
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
-        temperature = temperature.reshape(-1).repeat(2)  # both views of a sample share its temperature
+        temperature = temperature.flatten().repeat(2)  # one value a sample serves both of its views
     logits = z @ z.T / _column(temperature)
     positive = torch.cat([logits.diagonal(len(z0)), logits.diagonal(-len(z0))])[:, None]
     sample = (torch.arange(len(z0), device=z.device) if ids is None else ids).repeat(2)
@@ -114,8 +115,9 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, x / norm)
 
 
-def _column(temperature: float | Tensor) -> float | Tensor:
-    return temperature.reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
+def _column(value: float | Tensor) -> float | Tensor:
+    """One value for all rows, or one a row, as a factor of (rows, columns)."""
+    return value.reshape(-1, 1) if isinstance(value, Tensor) else value
 
 
 def _other_samples(rows: int, ids: Tensor | None, key_ids: Tensor | None, device: torch.device) -> Tensor:

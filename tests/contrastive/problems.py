@@ -1,6 +1,6 @@
 """Inputs of the contrastive losses, and their evaluation by fastloss, the float64 reference and plain torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,10 +36,10 @@ VARIANTS = [
     "info_nce paired dot",
     "clip_loss",
     "clip_loss ids",
-    "clip_loss key_ids",
+    "clip_loss key_ids row_temperature",
     "nt_xent",
     "nt_xent dot",
-    "nt_xent ids",
+    "nt_xent ids row_temperature",
 ]
 
 
@@ -76,13 +76,17 @@ class Problem:
     @property
     def largest_scale(self) -> float:
         if "logit_scale" in self.tensors:
-            return float(self.tensors["logit_scale"])
+            return float(self.tensors["logit_scale"].max())
         return 1 / float(self.tensors["temperature"].min())
+
+    @property
+    def normalizes(self) -> bool:
+        return self.function != "clip_loss" and bool(self.options.get("normalize", True))
 
     @property
     def largest_similarity(self) -> float:
         """Bound of |S_ij| * T_i."""
-        if self.function != "clip_loss" and self.options.get("normalize", True):
+        if self.normalizes:
             return 1.0
         norms = [float(x.double().norm(dim=-1).max()) for x in self.features.values() if x.numel()]
         return max(norms, default=0.0) ** 2
@@ -156,7 +160,7 @@ class Result(NamedTuple):
 
 def upstream_of(loss: Tensor) -> Tensor:
     """A gradient of the loss that is neither 1, nor equal for all rows, nor of one sign."""
-    return torch.linspace(-1.0, 1.7, max(loss.numel(), 1), dtype=loss.dtype)[-loss.numel() or 1 :].reshape(loss.shape)
+    return torch.linspace(1.7, -1.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
 
 
 def evaluate(
@@ -166,7 +170,6 @@ def evaluate(
     leaf_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     requires_grad: Iterable[str] | None = None,
-    loss_of: Callable[[Any, dict[str, Tensor]], Tensor] | None = None,
 ) -> Result:
     """Loss and gradients. Inputs are cast to `leaf_dtype`, and to `compute_dtype` inside the graph, where given."""
     wanted = set(problem.tensors if requires_grad is None else requires_grad)
@@ -175,7 +178,7 @@ def evaluate(
         for name, x in problem.tensors.items()
     }
     inputs = leaves if compute_dtype is None else {name: x.to(compute_dtype) for name, x in leaves.items()}
-    loss = problem(api, inputs) if loss_of is None else loss_of(api, inputs)
+    loss = problem(api, inputs)
     if wanted:
         loss.backward(upstream_of(loss))
     gradients = {name: leaves[name].grad for name in problem.tensors if name in wanted}
@@ -202,19 +205,33 @@ def check(problem: Problem, actual: Result | None = None, requires_grad: Iterabl
 
 def compare(problem: Problem, actual: Result, truth: Result, baseline: Result) -> None:
     """Every output of `actual` against `truth`, with the error of `baseline` (of the same dtype) as the measure."""
-    outputs = {"loss": (actual.loss, truth.loss, baseline.loss, problem.largest_logit)}
-    upstream = float(upstream_of(truth.loss).abs().sum())
-    for name, gradient in truth.gradients.items():
-        # The logits' rounding is an absolute error in the exponent, hence a relative one of every probability.
-        condition = max(1.0, problem.largest_logit)
-        if name in SCALES:
-            magnitude = condition * upstream * max(problem.largest_scale, 1 / problem.largest_scale)
-        else:
-            magnitude = condition * float(gradient.abs().max()) if gradient.numel() else 0.0
-        outputs[f"gradient of {name}"] = (actual.gradients[name], gradient, baseline.gradients[name], magnitude)
-    for name, (got, expected, base, magnitude) in outputs.items():
+    upstream = upstream_of(truth.loss).abs()
+    # A logit is rounded relative to its size, so every probability has that many ulps of relative error.
+    condition = max(1.0, problem.largest_logit)
+    terms = sum(x.shape[-2] for x in problem.features.values()) + problem.width
+
+    def judge(name: str, got: Tensor, expected: Tensor, base: Tensor, magnitude: float, weight: Tensor | float) -> None:
         if got.dtype == torch.float64:
-            terms = sum(x.shape[-2] for x in problem.features.values()) + problem.width
-            assert_equal_to_rounding(got, expected, terms=terms, magnitude=magnitude, name=name)
+            assert_equal_to_rounding(got, expected, terms=terms, magnitude=magnitude, weight=weight, name=name)
         else:
-            assert_as_accurate_as_torch(got, expected, base, magnitude=magnitude, name=name)
+            assert_as_accurate_as_torch(got, expected, base, magnitude=magnitude, weight=weight, name=name)
+
+    judge("loss", actual.loss, truth.loss, baseline.loss, problem.largest_logit, 1.0)
+    for name, gradient in truth.gradients.items():
+        weight: Tensor | float = 1.0
+        if name in SCALES:
+            # sum_i u_i (E_i[c] - c_ii), a difference of similarities, times d(1 / T)/dT = 1 / T^2.
+            outer = problem.largest_scale**2 if name == "temperature" else 1.0
+            magnitude = float(upstream.sum()) * problem.largest_similarity * outer
+        else:
+            # sum_j G_ij y_j / |x|, of which the part along x is taken off: the rest may be zero. Times |x| all rows
+            # are alike; without normalisation, the similarity's bound stands for |x| |y|.
+            x = problem.tensors[name].double()
+            norm = x.norm(dim=-1, keepdim=True)
+            longest = max(float(f.double().norm(dim=-1).max()) for f in problem.features.values() if f.numel())
+            weight = torch.where(norm > 0, norm, 1.0) if problem.normalizes else 1.0
+            magnitude = float(upstream.max()) * problem.largest_scale * (1.0 if problem.normalizes else longest)
+        judge(
+            f"gradient of {name}", actual.gradients[name], gradient, baseline.gradients[name],
+            condition * magnitude, weight,
+        )  # fmt: skip

@@ -84,8 +84,9 @@ def info_nce(
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, and blocks of 3072 D numbers. Problems with up to 16 MiB of
-        similarities keep them until the backward pass; "sum" and "mean" in one direction hold a panel of whole rows
-        instead, max(16 MiB, 512 B) bytes in float32. "paired" stores its (B, M) logits, fewer than its inputs.
+        similarities keep them until the backward pass. One direction with "sum" or "mean" and gradients of up to
+        32 MiB holds those twice, and a panel of whole rows, max(16 MiB, 512 (B + M)) bytes in float32.
+        "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not.

@@ -3,7 +3,7 @@
 similarity_lse       statistics of c_ij = q_i . k_j (cosines if `normalize`) in one sweep over tiles:
                      row_lse_i = log sum_j exp(row_scale_i c_ij), col_lse_j = log sum_i exp(col_scale_j c_ij), c_ii.
 row_nll              sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i c_ii) and its gradients in the forward
-                     pass: with a scalar reduction they are known but for a factor.
+                     pass: with a scalar reduction they are known but for a factor. For gradients of up to 32 MiB.
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
 Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._backends import implementation
-from fastloss.contrastive.tiles import KEEP_BYTES
+from fastloss.contrastive.tiles import KEEP_BYTES, WAITING_BYTES
 
 _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 
@@ -285,7 +285,8 @@ def row_nll(
 ) -> Tensor:
     """() in the accumulation dtype; see the module's docstring."""
     needs = _needs_grad(q, k, scale)
-    if any(needs):
+    waiting = (needs[0] * q.numel() + needs[1] * k.numel()) * q.element_size()
+    if any(needs) and waiting <= WAITING_BYTES:
         total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
         return total
     row_lse, _, diagonal = similarity_lse(

@@ -31,6 +31,8 @@ KEEP_BYTES = 16 << 20
 # backward, 6MND flops. At least 128 rows, below which the products lose their speed: 512 bytes a column in float32.
 PANEL_BYTES = 16 << 20
 PANEL_ROWS = 128
+# Its gradients wait for the upstream factor, which makes new ones of them: up to this size speed is worth the copy.
+WAITING_BYTES = 32 << 20
 
 
 class Mask(NamedTuple):

@@ -29,19 +29,19 @@ template <class T>
 void lse_tile(Address c, std::int64_t rows, std::int64_t cols, Address row_scale, Address col_scale,
               std::int64_t diagonal, Address row_ids, Address col_ids, Address row_max, Address row_sum,
               Address col_max, Address col_sum, Address partials, int threads) {
-  fastloss::cpu::contrastive_kernels<T>().lse_tile(
-      at<T>(c), rows, cols, at<T>(row_scale), at<T>(col_scale), mask_of(diagonal, row_ids, col_ids), at<T>(row_max),
-      at<T>(row_sum), at<T>(col_max), at<T>(col_sum), at<T>(partials), threads);
+  fastloss::cpu::contrastive_kernels<T>().lse_tile(at<T>(c), rows, cols, at<T>(row_scale), at<T>(col_scale),
+                                                   mask_of(diagonal, row_ids, col_ids), at<T>(row_max), at<T>(row_sum),
+                                                   at<T>(col_max), at<T>(col_sum), at<T>(partials), threads);
 }
 
 template <class T>
 void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, Address row_lse,
                Address row_weight, Address col_scale, Address col_lse, Address col_weight, std::int64_t diagonal,
                Address row_ids, Address col_ids, Address row_dot, Address col_dot, Address partials, int threads) {
-  fastloss::cpu::contrastive_kernels<T>().grad_tile(
-      at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_lse), at<T>(row_weight), at<T>(col_scale),
-      at<T>(col_lse), at<T>(col_weight), mask_of(diagonal, row_ids, col_ids), at<T>(row_dot), at<T>(col_dot),
-      at<T>(partials), threads);
+  fastloss::cpu::contrastive_kernels<T>().grad_tile(at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_lse),
+                                                    at<T>(row_weight), at<T>(col_scale), at<T>(col_lse),
+                                                    at<T>(col_weight), mask_of(diagonal, row_ids, col_ids),
+                                                    at<T>(row_dot), at<T>(col_dot), at<T>(partials), threads);
 }
 
 }  // namespace

@@ -54,20 +54,21 @@ def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Ten
     """A temperature or scale as a 0-dim or (rows,) tensor in the accumulation dtype of x, differentiable if it was."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
+        result: Tensor
         if value.dtype not in FLOATS:
             raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {value.dtype}")
         if value.numel() == 1 and value.dim() <= 1:
-            value = value.reshape(())
+            result = value.reshape(())
         elif tuple(value.shape) in ((rows,), (rows, 1)):
-            value = value.reshape(rows)
+            result = value.reshape(rows)
         else:
             raise ValueError(
                 f"{function}: `{name}` must be a float, a 0-dim tensor or one value a row ({rows},), "
                 f"got shape {tuple(value.shape)}"
             )
-        if value.dim():
-            check_device(function, name, value, "the features", x)
-        return value.to(device=x.device, dtype=dtype)
+        if result.dim():
+            check_device(function, name, result, "the features", x)
+        return result.to(device=x.device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {type(value).__name__}")
     if not math.isfinite(value) or (positive and value <= 0):

@@ -20,9 +20,7 @@ FASTLOSS_INLINE T finite_or_zero(T x) {
   return (x == kInf<T> || x == -kInf<T>) ? T(0) : x;
 }
 
-FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Lanes of columns j.. of row i that take part (all bits set) or not; n lanes exist.
 template <class T, bool kMasked>
@@ -146,9 +144,9 @@ void lse_tile(const T* c, int64_t rows, int64_t cols, const T* row_scale, const 
 }
 
 template <class T, bool kMasked, bool kColumns, bool kDots>
-void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse,
-               const T* row_weight, const T* col_scale, const T* col_lse, const T* col_weight, Mask mask, T* row_dot,
-               T* col_dot, T* partials, int threads) {
+void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse, const T* row_weight,
+               const T* col_scale, const T* col_lse, const T* col_weight, Mask mask, T* row_dot, T* col_dot,
+               T* partials, int threads) {
   constexpr int kN = Lanes<T>::kCount;
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -199,10 +197,11 @@ FASTLOSS_INLINE bool touches(Mask mask, int64_t rows, int64_t cols) {
 }
 
 template <class T>
-void lse_tile_any(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask,
-                  T* row_max, T* row_sum, T* col_max, T* col_sum, T* partials, int threads) {
-  (touches(mask, rows, cols) ? lse_tile<T, true> : lse_tile<T, false>)(
-      c, rows, cols, row_scale, col_scale, mask, row_max, row_sum, col_max, col_sum, partials, threads);
+void lse_tile_any(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask, T* row_max,
+                  T* row_sum, T* col_max, T* col_sum, T* partials, int threads) {
+  (touches(mask, rows, cols) ? lse_tile<T, true> : lse_tile<T, false>)(c, rows, cols, row_scale, col_scale, mask,
+                                                                       row_max, row_sum, col_max, col_sum, partials,
+                                                                       threads);
 }
 
 template <class T, bool kMasked>

@@ -8,9 +8,9 @@
 namespace fastloss {
 namespace cpu {
 
-#define FASTLOSS_DECLARE(isa)                                \
-  namespace isa {                                            \
-  extern const ContrastiveKernels<float> contrastive_float;  \
+#define FASTLOSS_DECLARE(isa)                                 \
+  namespace isa {                                             \
+  extern const ContrastiveKernels<float> contrastive_float;   \
   extern const ContrastiveKernels<double> contrastive_double; \
   }
 FASTLOSS_DECLARE(baseline)
@@ -28,8 +28,10 @@ struct Isa {
   const ContrastiveKernels<double>* contrastive_double;
 };
 
-#define FASTLOSS_ENTRY(isa, present) {#isa, [] { return bool(present); }, &isa::contrastive_float, &isa::contrastive_double}
-const Isa kIsas[] = {  // the best first
+#define FASTLOSS_ENTRY(isa, present) \
+  {#isa, [] { return bool(present); }, &isa::contrastive_float, &isa::contrastive_double}
+const Isa kIsas[] = {
+    // the best first
 #ifdef FASTLOSS_X86
     FASTLOSS_ENTRY(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),

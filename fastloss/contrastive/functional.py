@@ -12,7 +12,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import (
@@ -24,7 +23,7 @@ from fastloss._checks import (
     check_scalar_or_rows,
     check_size,
 )
-from fastloss.contrastive.ops import accumulation_dtype, self_similarity_lse, similarity_lse
+from fastloss.contrastive.ops import accumulation_dtype, nll, row_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
 if TYPE_CHECKING:
@@ -85,7 +84,8 @@ def info_nce(
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, and blocks of 3072 D numbers. Problems with up to 16 MiB of
-        similarities keep them until the backward pass. "paired" stores its (B, M) logits, which are fewer than its inputs.
+        similarities keep them until the backward pass; "sum" and "mean" in one direction hold a panel of whole rows
+        instead, max(16 MiB, 512 B) bytes in float32. "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not.
@@ -142,7 +142,7 @@ def info_nce(
             if query_ids is not None and key_ids is not None:
                 logits = logits.masked_fill(query_ids.unsqueeze(1) == key_ids, -math.inf)
             negatives = logits.logsumexp(1)
-        return _reduce(_nll(negatives, positive), reduction)
+        return _reduce(nll(negatives, positive), reduction)
 
     extra_ids = None
     if query_ids is not None:
@@ -154,6 +154,9 @@ def info_nce(
         else:
             key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
     query, positive_key = _common_dtype(query, positive_key)
+    if reduction != "none" and not symmetric and extra_negatives is None:
+        total = row_nll(query, positive_key, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize)
+        return total if reduction == "sum" else total / b
     row, col, diagonal = similarity_lse(
         query,
         positive_key,
@@ -170,9 +173,9 @@ def info_nce(
         query, extra_negatives = _common_dtype(query, extra_negatives)
         extra, _, _ = similarity_lse(query, extra_negatives, scale, q_ids=ids, k_ids=extra_ids, normalize=normalize)
         row = _add_exp(row, extra)
-    loss = _nll(row, positive)
+    loss = nll(row, positive)
     if symmetric:
-        loss = (loss + _nll(col, positive)) / 2
+        loss = (loss + nll(col, positive)) / 2
     return _reduce(loss, reduction)
 
 
@@ -245,7 +248,7 @@ def clip_loss(
         image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
     )
     positive = scale * diagonal
-    loss = _reduce((_nll(row, positive) + _nll(col, positive)) / 2, reduction)
+    loss = _reduce((nll(row, positive) + nll(col, positive)) / 2, reduction)
     if bias is not None:
         loss = loss + 0 * bias.reshape(())
     return {"contrastive_loss": loss} if output_dict else loss
@@ -268,7 +271,8 @@ def nt_xent(
         z = [z^0; z^1],\; p(i) = i \pm B,\; c = \text{cosine}
 
     A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
-    ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed once.
+    ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed
+    once.
 
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.
@@ -313,7 +317,7 @@ def nt_xent(
         z0, z1, scale, scale, q_ids=ids, k_ids=ids, normalize=normalize, drop_diagonal=True
     )
     positive = scale * diagonal
-    loss = torch.cat([_nll(_add_exp(within0, row), positive), _nll(_add_exp(within1, col), positive)])
+    loss = torch.cat([nll(_add_exp(within0, row), positive), nll(_add_exp(within1, col), positive)])
     return _reduce(loss, reduction)
 
 
@@ -343,11 +347,6 @@ def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
 def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
     return torch.where(norm == 0, 0, norm.clamp(min=NORM_EPS).reciprocal())
-
-
-def _nll(negatives: Tensor, positive: Tensor) -> Tensor:
-    """-log(e^positive / (e^positive + e^negatives)); softplus(x) = x beyond 40 to the last bit of float64."""
-    return F.softplus(negatives - positive, threshold=40)
 
 
 def _add_exp(a: Tensor, b: Tensor) -> Tensor:

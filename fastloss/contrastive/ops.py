@@ -2,10 +2,13 @@
 
 similarity_lse       statistics of c_ij = q_i . k_j (cosines if `normalize`) in one sweep over tiles:
                      row_lse_i = log sum_j exp(row_scale_i c_ij), col_lse_j = log sum_i exp(col_scale_j c_ij), c_ii.
+row_nll              sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i c_ii) and its gradients in the forward
+                     pass: with a scalar reduction they are known but for a factor.
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
-Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. Both are differentiable once, in the
-tensors and in the scales. Flops: 2MND forward, 6MND backward (4MND if the similarities were kept).
+Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
+tensors and in the scales. Flops, forward + backward: similarity_lse 8MND (6MND if the similarities were kept), row_nll
+6MND, self_similarity_lse 4MMD.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._backends import implementation
@@ -24,13 +28,22 @@ _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 _SCHEMAS = {
     "similarity_lse_fwd": (
         "(Tensor q, Tensor k, Tensor row_scale, Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, "
-        "bool normalize, bool drop_diagonal, bool keep) -> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor kept)"
+        "bool normalize, bool drop_diagonal, bool keep) "
+        "-> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor kept)"
     ),
     "similarity_lse_bwd": (
         "(Tensor grad_row, Tensor grad_col, Tensor grad_diagonal, Tensor q, Tensor k, Tensor row_scale, "
         "Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, Tensor row_lse, Tensor col_lse, Tensor kept, "
         "bool normalize, bool drop_diagonal, bool need_q, bool need_k, bool need_scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_row_scale, Tensor grad_col_scale)"
+    ),
+    "row_nll_fwd": (
+        "(Tensor q, Tensor k, Tensor scale, Tensor? q_ids, Tensor? k_ids, bool normalize, "
+        "bool need_q, bool need_k, bool need_scale) -> (Tensor total, Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
+    ),
+    "row_nll_bwd": (
+        "(Tensor grad, Tensor q, Tensor k, Tensor scale, Tensor grad_q, Tensor grad_k, Tensor grad_scale) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "self_similarity_lse_fwd": "(Tensor x, Tensor scale, Tensor? ids, bool normalize) -> Tensor",
     "self_similarity_lse_bwd": (
@@ -69,6 +82,8 @@ for _name, _schema in _SCHEMAS.items():
 
 _similarity_lse = torch.ops.fastloss.similarity_lse_fwd.default
 _similarity_lse_bwd = torch.ops.fastloss.similarity_lse_bwd.default
+_row_nll = torch.ops.fastloss.row_nll_fwd.default
+_row_nll_bwd = torch.ops.fastloss.row_nll_bwd.default
 _self_similarity_lse = torch.ops.fastloss.self_similarity_lse_fwd.default
 _self_similarity_lse_bwd = torch.ops.fastloss.self_similarity_lse_bwd.default
 
@@ -98,6 +113,21 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
+@torch.library.register_fake("fastloss::row_nll_fwd", lib=_LIBRARY)
+def _(q, k, scale, q_ids, k_ids, normalize, need_q, need_k, need_scale):  # type: ignore[no-untyped-def]
+    return (
+        scale.new_empty(()),
+        torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device),
+        torch.empty(k.shape if need_k else (0,), dtype=k.dtype, device=k.device),
+        scale.new_empty((q.shape[0] if need_scale else 0,)),
+    )
+
+
+@torch.library.register_fake("fastloss::row_nll_bwd", lib=_LIBRARY)
+def _(grad, q, k, scale, grad_q, grad_k, grad_scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(grad_q), torch.empty_like(grad_k), torch.empty_like(grad_scale)
+
+
 @torch.library.register_fake("fastloss::self_similarity_lse_fwd", lib=_LIBRARY)
 def _(x, scale, ids, normalize):  # type: ignore[no-untyped-def]
     return scale.new_empty((x.shape[0],))
@@ -111,64 +141,113 @@ def _(grad, x, scale, ids, lse, normalize, need_x, need_scale):  # type: ignore[
     )
 
 
-def _save_similarity(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
-    row_lse, col_lse, _, kept = output
-    ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
+class _Once(torch.autograd.Function):
+    """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "fastloss: the contrastive losses have no second derivative (create_graph=True was asked for). "
+            "fastloss.reference.contrastive has the same losses in plain PyTorch, differentiable any number of times."
+        )
 
 
-def _similarity_backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Tensor) -> Any:
-    q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept = ctx.saved_tensors
-    need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
-    need_scale = need_row or need_col
-    grad_q, grad_k, per_row, per_col = _similarity_lse_bwd(
-        grad_row.contiguous(), grad_col.contiguous(), grad_diagonal.contiguous(),
-        q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept,
-        ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_scale,
-    )  # fmt: skip
-    return (
-        grad_q if need_q else None,
-        grad_k if need_k else None,
-        (per_row if row_scale.dim() else per_row.sum()) if need_row else None,
-        (per_col if col_scale.dim() else per_col.sum()) if need_col else None,
-        None, None, None, None, None,
-    )  # fmt: skip
+def _once(op: Any, *args: Any) -> Any:
+    # Autograd enables gradients here only for create_graph=True (and torch.func always).
+    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
-def _save_self(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, ids, ctx.normalize = inputs
-    ctx.save_for_backward(x, scale, ids, output)
+class _SimilarityLse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _similarity_lse(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
+        row_lse, col_lse, _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
+
+    @staticmethod
+    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Any) -> Any:
+        row_scale, col_scale = ctx.saved_tensors[2:4]
+        need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
+        grad_q, grad_k, per_row, per_col = _once(
+            _similarity_lse_bwd, grad_row, grad_col, grad_diagonal, *ctx.saved_tensors,
+            ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
+        )  # fmt: skip
+        return (
+            grad_q if need_q else None,
+            grad_k if need_k else None,
+            (per_row if row_scale.dim() else per_row.sum()) if need_row else None,
+            (per_col if col_scale.dim() else per_col.sum()) if need_col else None,
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _self_backward(ctx: Any, grad: Tensor) -> Any:
-    x, scale, ids, lse = ctx.saved_tensors
-    need_x, need_scale = ctx.needs_input_grad[:2]
-    grad_x, per_row = _self_similarity_lse_bwd(
-        grad.contiguous(), x, scale, ids, lse, ctx.normalize, need_x, need_scale
-    )
-    return (
-        grad_x if need_x else None,
-        (per_row if scale.dim() else per_row.sum()) if need_scale else None,
-        None,
-        None,
-    )
+class _RowNll(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _row_nll(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:3], *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        scale = ctx.saved_tensors[2]
+        need_q, need_k, need_scale = ctx.needs_input_grad[:3]
+        grad_q, grad_k, per_row = _once(_row_nll_bwd, grad, *ctx.saved_tensors)
+        return (
+            grad_q if need_q else None,
+            grad_k if need_k else None,
+            (per_row if scale.dim() else per_row.sum()) if need_scale else None,
+            None, None, None, None, None, None,
+        )  # fmt: skip
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "fastloss: the contrastive losses have no second derivative (create_graph=True was asked for). "
-        "fastloss.reference.contrastive has the same losses in plain PyTorch, differentiable any number of times."
-    )
+class _SelfSimilarityLse(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _self_similarity_lse(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, scale, ids, ctx.normalize = inputs
+        ctx.save_for_backward(x, scale, ids, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        scale = ctx.saved_tensors[1]
+        need_x, need_scale = ctx.needs_input_grad[:2]
+        grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
+        return (
+            grad_x if need_x else None,
+            (per_row if scale.dim() else per_row.sum()) if need_scale else None,
+            None,
+            None,
+        )
 
 
-torch.library.register_autograd(
-    "fastloss::similarity_lse_fwd", _similarity_backward, setup_context=_save_similarity, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "fastloss::self_similarity_lse_fwd", _self_backward, setup_context=_save_self, lib=_LIBRARY
-)
-for _name in ("similarity_lse_bwd", "self_similarity_lse_bwd"):
-    torch.library.register_autograd(f"fastloss::{_name}", _no_second_derivative, lib=_LIBRARY)
 for _name in _SCHEMAS:
     torch.library.register_vmap(
         f"fastloss::{_name}", _loop_over_batch(getattr(torch.ops.fastloss, _name).default), lib=_LIBRARY
@@ -187,13 +266,41 @@ def similarity_lse(
     drop_diagonal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
-    tensors = (q, k, row_scale) if col_scale is None else (q, k, row_scale, col_scale)
     size = q.shape[0] * k.shape[0] * (8 if q.dtype == torch.float64 else 4)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and size <= KEEP_BYTES
-    row_lse, col_lse, diagonal, _ = _similarity_lse(
+    keep = any(_needs_grad(q, k, row_scale, col_scale)) and size <= KEEP_BYTES
+    row_lse, col_lse, diagonal, _ = _SimilarityLse.apply(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
     )
     return row_lse, col_lse, diagonal
+
+
+def row_nll(
+    q: Tensor,  # (M, D)
+    k: Tensor,  # (N, D), N >= M, the dtype of q
+    scale: Tensor,  # () or (M,), accumulation dtype
+    *,
+    q_ids: Tensor | None = None,  # (M,) int64
+    k_ids: Tensor | None = None,  # (N,) int64
+    normalize: bool = False,
+) -> Tensor:
+    """() in the accumulation dtype; see the module's docstring."""
+    needs = _needs_grad(q, k, scale)
+    if any(needs):
+        total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
+        return total
+    row_lse, _, diagonal = similarity_lse(
+        q, k, scale, q_ids=q_ids, k_ids=k_ids, normalize=normalize, drop_diagonal=True
+    )
+    return nll(row_lse, scale * diagonal).sum()
+
+
+def nll(negatives: Tensor, positive: Tensor) -> Tensor:
+    """-log(e^positive / (e^positive + e^negatives)); softplus(x) = x beyond 40 to the last bit of float64."""
+    return F.softplus(negatives - positive, threshold=40)
+
+
+def _needs_grad(*tensors: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
 
 
 def self_similarity_lse(
@@ -204,5 +311,5 @@ def self_similarity_lse(
     normalize: bool = False,
 ) -> Tensor:
     """(M,) in the accumulation dtype; see the module's docstring."""
-    result: Tensor = _self_similarity_lse(x, scale, ids, normalize)
+    result: Tensor = _SelfSimilarityLse.apply(x, scale, ids, normalize)
     return result

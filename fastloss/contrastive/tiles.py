@@ -27,6 +27,10 @@ TILE_COLS = 512
 SELF_TILE = 512
 # Similarities of small problems are kept for the backward pass instead of being computed again: 6MND flops, not 8MND.
 KEEP_BYTES = 16 << 20
+# One direction with a scalar reduction needs nothing but its own rows: a panel of whole rows serves forward and
+# backward, 6MND flops. At least 128 rows, below which the products lose their speed: 512 bytes a column in float32.
+PANEL_BYTES = 16 << 20
+PANEL_ROWS = 128
 
 
 class Mask(NamedTuple):
@@ -47,9 +51,7 @@ class Softmax:
 
     @classmethod
     def start(cls, scale: Tensor, n: int) -> Softmax:
-        return cls(
-            (scale * LOG2_E).expand(n).contiguous(), scale.new_full((n,), -math.inf), scale.new_zeros((n,))
-        )
+        return cls((scale * LOG2_E).expand(n).contiguous(), scale.new_full((n,), -math.inf), scale.new_zeros((n,)))
 
     def __getitem__(self, part: slice) -> Softmax:
         return Softmax(self.scale[part], self.max[part], self.sum[part])
@@ -146,7 +148,7 @@ def blocks(n: int, size: int, first: int = 0) -> Iterator[slice]:
 
 
 def _tile(buffer: Tensor, rows: slice, cols: slice, n: int | None = None) -> Tensor:
-    """The contiguous tile (rows, cols) at the start of a scratch buffer, or at its own place among those of n columns."""
+    """The contiguous tile (rows, cols): at the start of a scratch buffer, or at its place among those of n columns."""
     shape = (rows.stop - rows.start, cols.stop - cols.start)
     start = 0 if n is None else rows.start * n + shape[0] * cols.start
     return buffer[start : start + shape[0] * shape[1]].view(shape)
@@ -193,9 +195,7 @@ def lse_forward(
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both] = c.diagonal(offset)
-            epilogue.lse_tile(
-                c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids)
-            )
+            epilogue.lse_tile(c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
     return row.lse(), row.max.new_empty((0,)) if col is None else col.lse(), diagonal, kept
 
 
@@ -239,9 +239,7 @@ def lse_backward(
             k_block = right[j]
             g = _tile(scratch, i, j)
             c = _tile(kept, i, j, n) if kept.shape[0] else torch.mm(q_block, k_block.t(), out=g)
-            epilogue.grad_tile(
-                c, g, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids)
-            )
+            epilogue.grad_tile(c, g, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 g.diagonal(offset).add_(grad_diagonal[both])
@@ -320,3 +318,74 @@ def self_lse_backward(
         for i in blocks(n, SELF_TILE):
             left.finish(total[i], i, left[i])
     return total.to(x.dtype) if need_x else total, state.scale_grad(grad) if need_scale else lse.new_empty((0,))
+
+
+def row_nll(
+    epilogue: Epilogue,
+    q: Tensor,  # (M, D)
+    k: Tensor,  # (N, D), N >= M
+    scale: Tensor,  # () or (M,)
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    normalize: bool,
+    need_q: bool,
+    need_k: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep."""
+    m, n = q.shape[0], k.shape[0]
+    height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
+    left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
+    dtype = left.dtype
+    state = Softmax.start(scale, m)
+    empty = state.max.new_empty((0,))
+    total = state.max.new_zeros(())
+    grad_q = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
+    grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
+    grad_scale = state.max.new_empty((m if need_scale else 0,))
+    block_grad = grad_q if q.dtype == dtype else state.max.new_empty((min(m, height), q.shape[1]))
+    panel = state.max.new_empty((min(m, height) * n,))
+    for i in blocks(m, height):
+        q_block = left[i]
+        rows = slice(0, i.stop - i.start)
+        dq = (block_grad[i] if q.dtype == dtype else block_grad[rows]) if need_q else empty
+        diagonal = state.max.new_empty((rows.stop,))
+        for j in blocks(n, TILE_COLS):
+            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, n))
+            both, offset = _diagonal(i, j)
+            if both.start < both.stop:
+                diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
+            epilogue.lse_tile(c, state[i], None, _mask(True, i, j, q_ids, k_ids))
+        lse = state[i].lse()
+        row_scale = scale if scale.dim() == 0 else scale[i]
+        margin = lse - row_scale * diagonal
+        total += torch.nn.functional.softplus(margin, threshold=40).sum()
+        slope = margin.sigmoid()
+        row = Gradient.start(row_scale, lse, slope, need_scale)
+        for j in blocks(n, TILE_COLS):
+            g = _tile(panel, rows, j, n)
+            epilogue.grad_tile(g, g, row, None, _mask(True, i, j, q_ids, k_ids))
+            both, offset = _diagonal(i, j)
+            if both.start < both.stop:
+                g.diagonal(offset).sub_(row.weight[both.start - i.start : both.stop - i.start])
+            if need_q:
+                torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
+            if need_k:
+                grad_k[j].addmm_(g.t(), q_block)
+        if need_scale:
+            grad_scale[i] = row.scale_grad(slope) - slope * diagonal
+        if need_q:
+            left.finish(dq, i, q_block)
+            if q.dtype != dtype:
+                grad_q[i] = dq
+    if need_k:
+        for j in blocks(n, TILE_COLS):
+            right.finish(grad_k[j], j, right[j] if normalize else empty)
+    return total, grad_q, grad_k.to(k.dtype), grad_scale
+
+
+def row_nll_backward(
+    grad: Tensor, q: Tensor, k: Tensor, scale: Tensor, grad_q: Tensor, grad_k: Tensor, grad_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients found by the forward pass times the upstream one; q, k and scale only connect the graph."""
+    return grad_q * grad.to(grad_q.dtype), grad_k * grad.to(grad_k.dtype), grad_scale * grad

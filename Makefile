@@ -1,0 +1,44 @@
+# One command for each thing. `make test` and `make bench` share the set-up: .venv with torch, the tools and fastloss.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+REPORTS ?= reports
+
+.PHONY: setup bench bench-full bench-pytest test lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements-dev.txt requirements-peers.txt pyproject.toml setup.py $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-peers.txt
+	FASTLOSS_REQUIRE_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+bench: setup
+	$(BIN)/python -m fastloss bench --quick --output $(REPORTS)
+	$(BIN)/python examples/digits_contrastive.py --output $(REPORTS)
+
+bench-full: setup
+	$(BIN)/python -m fastloss bench --full --output $(REPORTS)
+
+bench-pytest: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build *.egg-info fastloss/_C*.so $(VENV)

@@ -1,0 +1,144 @@
+"""The gates that every op passes, generated from tests/op_table.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from fastloss._backends import native_core
+from tests.op_table import MIB, OPS, Op
+
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+
+
+def differentiable(op: Op, args: tuple[Any, ...]) -> tuple[list[Tensor], Any]:
+    """The differentiable arguments, requiring grad, and the op's scalar loss as a function of them."""
+    leaves = [args[i].clone().requires_grad_() for i in op.differentiable]
+
+    def loss(*values: Tensor) -> Tensor:
+        full = list(args)
+        for i, value in zip(op.differentiable, values, strict=True):
+            full[i] = value
+        return op.loss(*full)
+
+    return leaves, loss
+
+
+@every_op
+def test_opcheck(op: Op) -> None:
+    torch.library.opcheck(op.raw, op.sample(dtype=torch.float32))
+    torch.library.opcheck(op.raw, op.sample(dtype=torch.float64))
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_gradcheck(op: Op, backend: str) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    with fastloss.use_backend(backend):
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+@every_op
+def test_second_derivative_raises(op: Op) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    (first,) = torch.autograd.grad(loss(*leaves), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+@every_op
+def test_forward_mode_raises(op: Op) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(loss, tuple(leaves), tuple(torch.ones_like(x) for x in leaves))
+
+
+@every_op
+def test_compiles_without_a_graph_break(op: Op) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for got, want in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@every_op
+def test_vmap_equals_a_loop(op: Op) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    batch = [torch.stack([x.detach(), x.detach() * 0.5]) for x in leaves]
+    value = torch.func.vmap(torch.func.grad(loss))(*batch)
+    for b in range(2):
+        one = [x[b].clone().requires_grad_() for x in batch]
+        (want,) = torch.autograd.grad(loss(*one), one[:1])
+        torch.testing.assert_close(value[b], want, rtol=1e-14, atol=1e-14)
+
+
+@every_op
+@pytest.mark.parametrize("isa", native_core().supported_isas().split(","))
+def test_every_instruction_set_agrees_with_the_portable_backend(op: Op, isa: str) -> None:
+    core = native_core()
+    before = core.isa()
+    sizes = (1100, 530, 20) if op.name == "similarity_lse" else (530, 1100, 20) if op.name == "row_nll" else (1100, 20)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-4)):
+        leaves, loss = differentiable(op, op.sample(*sizes, dtype=dtype))
+        with fastloss.use_backend("portable"):
+            want = torch.autograd.grad(loss(*leaves), leaves)
+        try:
+            assert core.choose_isa(isa) == isa
+            got = torch.autograd.grad(loss(*leaves), leaves)
+        finally:
+            core.choose_isa(before)
+        for g, w in zip(got, want, strict=True):
+            # Sums of up to 1100 terms in another order: sqrt(1100) roundings of the largest entry, times eight.
+            bound = 8 * 1100**0.5 * torch.finfo(dtype).eps * w.abs().max()
+            assert (g - w).abs().max() <= bound < tolerance * max(1.0, w.abs().max().item())
+
+
+def test_instruction_set_that_cannot_be_honoured_raises() -> None:
+    environment = dict(os.environ, FASTLOSS_CPU_ISA="avx1024")
+    run = subprocess.run([sys.executable, "-c", "import fastloss"], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "FASTLOSS_CPU_ISA" in run.stderr
+    assert "avx1024" in run.stderr
+
+
+def test_instruction_set_can_be_chosen_by_environment() -> None:
+    environment = dict(os.environ, FASTLOSS_CPU_ISA="baseline")
+    code = "import fastloss; print(fastloss.backends()['native'])"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "baseline;" in run.stdout
+
+
+def peak_bytes(run: Any) -> int:
+    """The most that torch's CPU allocator held at once during run() beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@every_op
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_memory_stays_within_the_model(op: Op, backend: str) -> None:
+    args = op.large()
+    leaves, loss = differentiable(op, args)
+    allowed = op.memory_model(*args)
+    if backend == "portable":
+        allowed += 8 * 1024 * 512 * 4  # its epilogue works on whole tiles
+    with fastloss.use_backend(backend):
+        peak = peak_bytes(lambda: torch.autograd.grad(loss(*leaves), leaves))
+    assert peak <= allowed, f"{peak / MIB:.1f} MiB, allowed {allowed / MIB:.1f} MiB"
+    dense = [x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    assert peak_bytes(lambda: op.dense(*dense).backward()) > allowed

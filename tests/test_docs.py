@@ -15,7 +15,9 @@ import fastloss
 ROOT = Path(__file__).parent.parent
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 PUBLIC = {name: getattr(fastloss, name) for name in fastloss.__all__}
-LOSSES = [name for name, value in PUBLIC.items() if inspect.isfunction(value) and name not in ("backends", "use_backend")]
+LOSSES = [
+    name for name, value in PUBLIC.items() if inspect.isfunction(value) and name not in ("backends", "use_backend")
+]
 
 
 def run(name: str, text: str) -> int:

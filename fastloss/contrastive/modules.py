@@ -64,7 +64,10 @@ class InfoNCE(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}, symmetric={self.symmetric}"
+        return (
+            f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}, "
+            f"negative_mode={self.negative_mode!r}, normalize={self.normalize}, symmetric={self.symmetric}"
+        )
 
 
 class ClipLoss(nn.Module):

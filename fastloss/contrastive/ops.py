@@ -14,7 +14,7 @@ tensors and in the scales. Flops, forward + backward: similarity_lse 8MND (6MND 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -267,9 +267,10 @@ def similarity_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
     size = q.shape[0] * k.shape[0] * (8 if q.dtype == torch.float64 else 4)
-    keep = any(_needs_grad(q, k, row_scale, col_scale)) and size <= KEEP_BYTES
-    row_lse, col_lse, diagonal, _ = _SimilarityLse.apply(
-        q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
+    grad = any(_needs_grad(q, k, row_scale, col_scale))
+    k, col_scale, k_ids = _distinct(k, q), _distinct(col_scale, row_scale), _distinct(k_ids, q_ids)
+    row_lse, col_lse, diagonal, _ = _run(_SimilarityLse, grad)(
+        q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, grad and size <= KEEP_BYTES
     )
     return row_lse, col_lse, diagonal
 
@@ -287,6 +288,7 @@ def row_nll(
     needs = _needs_grad(q, k, scale)
     waiting = (needs[0] * q.numel() + needs[1] * k.numel()) * q.element_size()
     if any(needs) and waiting <= WAITING_BYTES:
+        k, k_ids = _distinct(k, q), _distinct(k_ids, q_ids)
         total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
         return total
     row_lse, _, diagonal = similarity_lse(
@@ -298,6 +300,20 @@ def row_nll(
 def nll(negatives: Tensor, positive: Tensor) -> Tensor:
     """-log(e^positive / (e^positive + e^negatives)); softplus(x) = x beyond 40 to the last bit of float64."""
     return F.softplus(negatives - positive, threshold=40)
+
+
+@overload
+def _distinct(x: Tensor, other: Tensor) -> Tensor: ...
+@overload
+def _distinct(x: Tensor | None, other: Tensor | None) -> Tensor | None: ...
+def _distinct(x: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """A view of x if it is `other`: Dynamo does not trace a Function that gets one tensor twice."""
+    return x.view_as(x) if x is not None and x is other else x
+
+
+def _run(function: type[torch.autograd.Function], grad: bool) -> Callable[..., Any]:
+    """What to call. Dynamo fails on a Function without a gradient; elsewhere an outer transform may still want one."""
+    return function.apply if grad or not torch.compiler.is_compiling() else function.forward
 
 
 def _needs_grad(*tensors: Tensor | None) -> list[bool]:
@@ -312,5 +328,5 @@ def self_similarity_lse(
     normalize: bool = False,
 ) -> Tensor:
     """(M,) in the accumulation dtype; see the module's docstring."""
-    result: Tensor = _SelfSimilarityLse.apply(x, scale, ids, normalize)
+    result: Tensor = _run(_SelfSimilarityLse, any(_needs_grad(x, scale)))(x, scale, ids, normalize)
     return result

@@ -42,6 +42,9 @@ VARIANTS = [
     "nt_xent ids row_temperature",
 ]
 
+# A reduced loss in one direction has a kernel of its own, which finds the gradients in the forward pass.
+REDUCED = ["info_nce mean", "info_nce mean dot", "info_nce sum key_ids row_temperature"]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -104,7 +107,7 @@ def make_problem(
     dtype: torch.dtype = torch.float32,
     temperature: float = 0.1,
 ) -> Problem:
-    """A problem of reduction "none" in which the positives are alike and the ids collide now and then."""
+    """Positives are alike and ids collide now and then; the reduction is "none" if the variant names no other."""
     words = set(variant.split())
     generator = torch.Generator().manual_seed(rows * 7919 + columns * 31 + width)
 
@@ -122,7 +125,7 @@ def make_problem(
         scale = scale * (0.5 + torch.rand(rows, generator=generator, dtype=scale_dtype))
     first = features(rows)
     second = (first.double() / 2 + features(rows).double()).to(dtype)
-    options: dict[str, Any] = {"reduction": "none"}
+    options: dict[str, Any] = {"reduction": next((word for word in ("mean", "sum") if word in words), "none")}
 
     if "clip_loss" in words:
         unit = torch.nn.functional.normalize
@@ -205,7 +208,11 @@ def check(problem: Problem, actual: Result | None = None, requires_grad: Iterabl
 
 def compare(problem: Problem, actual: Result, truth: Result, baseline: Result) -> None:
     """Every output of `actual` against `truth`, with the error of `baseline` (of the same dtype) as the measure."""
-    upstream = upstream_of(truth.loss).abs()
+    rows = len(next(iter(problem.features.values())))
+    reduction = problem.options["reduction"]
+    # What reaches the loss of each row.
+    upstream = upstream_of(truth.loss).abs() if reduction == "none" else torch.full((max(rows, 1),), 1.7)
+    upstream = upstream / rows if reduction == "mean" else upstream
     # A logit is rounded relative to its size, so every probability has that many ulps of relative error.
     condition = max(1.0, problem.largest_logit)
     terms = sum(x.shape[-2] for x in problem.features.values()) + problem.width
@@ -216,7 +223,8 @@ def compare(problem: Problem, actual: Result, truth: Result, baseline: Result) -
         else:
             assert_as_accurate_as_torch(got, expected, base, magnitude=magnitude, weight=weight, name=name)
 
-    judge("loss", actual.loss, truth.loss, baseline.loss, problem.largest_logit, 1.0)
+    losses = rows if reduction == "sum" else 1
+    judge("loss", actual.loss, truth.loss, baseline.loss, losses * problem.largest_logit, 1.0)
     for name, gradient in truth.gradients.items():
         weight: Tensor | float = 1.0
         if name in SCALES:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastloss
-from tests.contrastive.problems import VARIANTS, Problem, evaluate, make_problem
+from tests.contrastive.problems import REDUCED, VARIANTS, Problem, evaluate, make_problem, upstream_of
 from tests.support import assert_equal_to_rounding
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("backend")
 # One of each path: symmetric op, ids, extra op, rectangular op, paired, self-similarity, per-row scales.
 MODES = [
     "info_nce",
+    "info_nce mean",
+    "info_nce sum key_ids row_temperature",
     "info_nce symmetric key_ids row_temperature",
     "info_nce extra extra_ids row_temperature",
     "info_nce unpaired",
@@ -35,7 +37,7 @@ def call(problem: Problem) -> Callable[..., Tensor]:
 
 
 class TestGradcheck:
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", [*VARIANTS, *REDUCED])
     def test_first_derivative(self, variant: str) -> None:
         problem = make_problem(variant, rows=5, columns=4, width=3, dtype=torch.float64, temperature=0.5)
         leaves = [x.clone().requires_grad_() for x in problem.tensors.values()]
@@ -76,7 +78,7 @@ class TestFunc:
     def test_vjp(self, variant: str) -> None:
         problem = make_problem(variant)
         loss, pull_back = torch.func.vjp(call(problem), *problem.tensors.values())
-        upstream = torch.linspace(-1, 2, len(loss))
+        upstream = upstream_of(loss)
         leaves = [x.clone().requires_grad_() for x in problem.tensors.values()]
         expected = torch.autograd.grad(call(problem)(*leaves), leaves, upstream)
         for name, a, b in zip(problem.tensors, pull_back(upstream), expected, strict=True):
@@ -168,7 +170,7 @@ class TestCompile:
         problem = make_problem(variant, dtype=dtype)
         self.assert_compiled_is_eager(problem, self.compiled_api(problem.function))
 
-    @pytest.mark.parametrize("variant", ["info_nce symmetric", "info_nce unpaired", "nt_xent"])
+    @pytest.mark.parametrize("variant", ["info_nce mean", "info_nce symmetric", "info_nce unpaired", "nt_xent"])
     def test_dynamic_shapes(self, variant: str) -> None:
         api = self.compiled_api(variant.split()[0], dynamic=True)
         for rows in (33, 40, 70):

@@ -448,12 +448,16 @@ class Runner:
                 "refused", f"needs {needs / GIB:.1f} GiB by the model {text}; the limit is {limit / GIB:.1f} GiB"
             )
             return False
-        named = self.settings.providers is not None and provider.name in self.settings.providers
-        left_out = provider.full_only or (schedule.timed is not None and provider.name not in schedule.timed)
-        if self.settings.mode == "quick" and left_out and not named:
+        if self.leaves_to_full(schedule, provider):
             result.set(LEFT_TO_FULL)
             return False
         return self._check(case, provider, result)
+
+    def leaves_to_full(self, schedule: Schedule, provider: Provider) -> bool:
+        """Whether a quick run skips this provider; one named explicitly runs."""
+        if self.settings.mode != "quick" or provider.name in (self.settings.providers or ()):
+            return False
+        return provider.full_only or (schedule.timed is not None and provider.name not in schedule.timed)
 
     def _check(self, case: Case, provider: Provider, result: Result) -> bool:
         key = (case.op, case.dtype, min(case.sizes["rows"], CHECK_ROWS), case.sizes["dim"], provider.name)

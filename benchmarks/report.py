@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _line(texts: tuple[str, ...] | list[str]) -> str:
 
 # ---------------------------------------------------------------- plots
 
-_QUANTITIES = {
+_QUANTITIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
     "time": ("time of one forward and backward pass [s]", lambda row: row["time"] and row["time"]["median"]),
     "memory": ("extra memory of one pass [bytes]", lambda row: row["memory"] and row["memory"]["extra"]),
 }

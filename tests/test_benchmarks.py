@@ -1,0 +1,268 @@
+"""The benchmark runs, says what it left out, and computes what it claims to."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastloss.__main__ import main
+from fastloss.benchmarks import SUITES, harness, report
+from fastloss.benchmarks.harness import LEFT_TO_FULL, Formula, Provider, Runner, Schedule, Settings, Unavailable
+
+SUITE = SUITES["contrastive"]
+PROVIDERS = {provider.name: provider for provider in SUITE.providers}
+CASES = {case.name: case for case in SUITE.cases}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One run of everything at tiny sizes, as a user starts it."""
+    folder = tmp_path_factory.mktemp("reports")
+    command = [sys.executable, "-m", "fastloss", "bench", "--smoke", "--threads", "1", "--output", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder, json.loads((folder / "benchmark.json").read_text()), run.stdout
+
+
+def test_smoke_covers_every_case_and_provider(smoke):
+    _, results, _ = smoke
+    assert results["schema"] == harness.SCHEMA
+    assert {(row["case"], row["provider"]) for row in results["rows"]} == {
+        (case, provider) for case in CASES for provider in PROVIDERS
+    }
+    for row in results["rows"]:
+        assert row["status"] in ("ok", "not available"), row
+        assert row["status"] == "ok" or row["detail"]
+
+
+def test_smoke_rows_are_consistent(smoke):
+    _, results, _ = smoke
+    flops = {case["name"]: case["flops"] for case in results["cases"]}
+    measured = [row for row in results["rows"] if row["status"] == "ok"]
+    assert {row["provider"] for row in measured} >= {"fastloss", "fastloss[portable]", "eager", "torch.compile"}
+    for row in measured:
+        assert row["time"]["q20"] <= row["time"]["median"] <= row["time"]["q80"]
+        assert row["time"]["count"] == len(row["seconds"])
+        assert row["gflops"] == pytest.approx(flops[row["case"]] / row["time"]["median"] / 1e9)
+        assert row["peak_share"] == pytest.approx(row["gflops"] / results["peak_gflops"]["used"])
+        assert row["memory"] or row["memory_detail"]
+        if row["provider"] == "eager":
+            assert row["speedup"]["median"] == 1
+            assert row["check"]["gradient_error_over_baseline"] == 1
+
+
+def test_smoke_writes_markdown_and_plots(smoke):
+    folder, results, _ = smoke
+    text = (folder / "benchmark.md").read_text()
+    for case in results["cases"]:
+        assert report.case_heading(case) in text
+        assert case["flops_formula"] in text
+    drawn = sorted(folder.glob("*.png"))
+    assert [path.name for path in drawn] == ["clip-loss-d-256-memory.png", "clip-loss-d-256-time.png"]
+    for path in drawn:
+        assert path.read_bytes().startswith(PNG)
+        assert f"({path.name})" in text
+    assert not list(folder.glob(".*")), "temporary files were left behind"
+
+
+def test_smoke_prints_every_reason(smoke):
+    _, results, printed = smoke
+    flat = "".join(printed.split())
+    for row in results["rows"]:
+        if row["status"] != "ok":
+            assert "".join(row["detail"].split()) in flat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "clip-9"], "argument --cases: unknown case clip-9"),
+        (["--cases", ","], "argument --cases: no case named"),
+        (["--providers", "eager,magic"], "argument --providers: unknown provider magic"),
+        (["--threads", "0"], "argument --threads: must be at least 1, got 0"),
+        (["--threads", "two"], "argument --threads: expected an integer, got 'two'"),
+        (["--seed", "-1"], "argument --seed: must be at least 0, got -1"),
+        (["--quick", "--full"], "argument --full: not allowed with argument --quick"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_name_the_option(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", "--output", str(tmp_path / "file" / "reports")])
+    assert exit_info.value.code == 2
+    assert f"argument --output: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+def test_missing_dependency_names_the_extra(missing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["bench", "--smoke", "--output", str(tmp_path / "reports")]) == 1
+    assert "pip install 'fastloss[bench]'" in capsys.readouterr().err
+    assert not (tmp_path / "reports").exists()
+
+
+def test_list_names_every_case_and_provider(capsys):
+    assert main(["bench", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*CASES, *PROVIDERS))
+
+
+def test_info_names_the_backends(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "native: " in printed
+    assert "portable: available" in printed
+
+
+def test_statistics_on_known_numbers():
+    assert harness.quantile([3.0], 0.2) == 3.0
+    assert harness.quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert harness.summarise([0.0, 10.0, 20.0, 30.0, 40.0, 50.0]) == harness.Summary(25.0, 10.0, 40.0, 6)
+
+
+def test_speedup_pairs_the_rounds():
+    # The machine is twice as slow in the second round: the ratio of medians would still be 2, but with a spread.
+    assert harness.paired_speedup([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == harness.Summary(2.0, 2.0, 2.0, 3)
+    assert harness.paired_speedup([2.0, 100.0], [1.0]) == harness.Summary(2.0, 2.0, 2.0, 1)
+
+
+def test_relative_error():
+    truth = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert harness.relative_error(torch.tensor([1.5, -4.0]), truth) == 0.125
+    assert math.isnan(harness.relative_error(torch.tensor([1.5, math.nan]), truth))
+
+
+def runner(provider, mode="quick", schedule=None, **chosen):
+    """A runner of clip-512 at 64 rows with `provider` and the baseline."""
+    schedule = schedule or Schedule(rounds=2, memory=frozenset())
+    case = replace(CASES["clip-512"].at(rows=64), quick=schedule, full=schedule)
+    suite = replace(SUITE, cases=[case], providers=[PROVIDERS["eager"], provider])
+    settings = Settings(mode, 0, 1, **chosen)
+    return {result.provider: result for result in Runner(suite, settings, lambda text: None).run_case(case)}
+
+
+def test_wrong_gradients_are_reported_and_not_timed():
+    def wrong(image, text, scale):
+        return SUITE.truth["clip_loss"](image, text, scale) + 1e-3 * image.sum()
+
+    result = runner(Provider("wrong", "", {"clip_loss": lambda: wrong}))["wrong"]
+    assert result.status == "failed"
+    assert "differs from dense float64" in result.detail
+    assert not result.seconds
+
+
+def test_nan_is_wrong():
+    result = runner(Provider("nan", "", {"clip_loss": lambda: lambda a, b, s: (a.sum() + b.sum() + s) * math.nan}))
+    assert result["nan"].status == "failed"
+
+
+def test_case_beyond_the_memory_limit_is_refused_with_the_computed_size():
+    huge = Provider("huge", "", PROVIDERS["eager"].losses, {"clip_loss": Formula("all of it", lambda sizes: 64 << 30)})
+    result = runner(huge)["huge"]
+    assert result.status == "refused"
+    assert "needs 64.0 GiB by the model all of it" in result.detail
+    assert result.computed_bytes == 64 << 30
+
+
+def test_eager_is_refused_at_32768_rows():
+    """Four float32 matrices of 32768 x 32768."""
+    assert PROVIDERS["eager"].needs(CASES["clip-32768"]) == 4 * 32768**2 * 4 > harness.MEMORY_LIMIT
+
+
+def test_quick_says_what_it_leaves_to_full_and_a_named_provider_runs():
+    late = Provider("late", "", PROVIDERS["eager"].losses, full_only=True)
+    assert runner(late)["late"].status == LEFT_TO_FULL
+    assert runner(late, mode="full")["late"].status == "ok"
+    assert runner(late, providers=frozenset({"late"}))["late"].status == "ok"
+
+
+def test_provider_that_raises_fails_alone():
+    calls = []
+
+    def fragile(image, text, scale):
+        calls.append(None)
+        if len(calls) > 2:  # one check, one warm-up
+            raise RuntimeError("out of luck")
+        return SUITE.truth["clip_loss"](image, text, scale)
+
+    results = runner(Provider("fragile", "", {"clip_loss": lambda: fragile}))
+    assert results["fragile"].status == "failed"
+    assert results["fragile"].detail == "RuntimeError: out of luck"
+    assert results["eager"].status == "ok"
+
+
+def test_absent_package_is_unavailable_with_the_reason():
+    def build():
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    with pytest.raises(Unavailable, match="No module named 'absent'"):
+        Provider("absent", "", {"clip_loss": build}).build("clip_loss")
+    with pytest.raises(Unavailable, match="has no nt_xent"):
+        Provider("absent", "", {"clip_loss": build}).build("nt_xent")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize("name", ["eager", "fastloss"])
+def test_memory_probe_sees_the_matrix_and_only_where_there_is_one(name):
+    # Large enough that fastloss does not keep the matrix, as it does where that costs little.
+    case = CASES["clip-sweep-4096"].at(dim=64)
+    matrix = 4 * case.sizes["rows"] ** 2
+    memory, seconds = harness.probe_memory(case, PROVIDERS[name], seed=0, threads=1)
+    assert memory.gradients == 2 * 4 * case.sizes["rows"] * case.sizes["dim"] + 4
+    assert memory.extra == memory.growth - memory.gradients
+    assert seconds > 0
+    if name == "eager":
+        assert 3 * matrix < memory.extra < 6 * matrix
+    else:
+        assert memory.extra < matrix
+
+
+def test_inputs_follow_the_seed():
+    case = CASES["nt-xent-512"]
+    first, again, other = case.inputs(0), case.inputs(0), case.inputs(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert len(first[0]) + len(first[1]) == case.sizes["rows"]
+
+
+def test_atomic_write_replaces_and_cleans_up(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    report.write_atomically(path, b"old")
+    report.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        report.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_units():
+    assert [report.duration(s) for s in (1.5, 0.0123, 4.2e-5)] == ["1.5 s", "12.3 ms", "42 µs"]
+    assert [report.size(n) for n in (10, 2048, 3 << 20, 5 << 30)] == ["10 B", "2 KiB", "3 MiB", "5 GiB"]
+
+
+def test_digits_example_names_a_bad_batch_size():
+    pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
+    example = Path(__file__).parents[1] / "examples" / "digits_contrastive.py"
+    command = [sys.executable, str(example), "--batch-size", "100000"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert "argument --batch-size: must be at most the 1347 training images" in run.stderr

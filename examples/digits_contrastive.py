@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastloss.benchmarks import SUITES
+from fastloss.benchmarks.harness import Unavailable, probe_memory
+from fastloss.benchmarks.report import duration, size, write_atomically
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 import fastloss
-from fastloss.benchmarks import SUITES
-from fastloss.benchmarks.harness import Unavailable, probe_memory
-from fastloss.benchmarks.report import duration, size, write_atomically
 
 TEMPERATURE = 0.1
 FEATURES, PROJECTION = 128, 64

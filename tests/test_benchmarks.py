@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from fastloss.__main__ import main
 from fastloss.benchmarks import SUITES, harness, report
 from fastloss.benchmarks.harness import LEFT_TO_FULL, Formula, Provider, Runner, Schedule, Settings, Unavailable
+
+from fastloss.__main__ import main
 
 SUITE = SUITES["contrastive"]
 PROVIDERS = {provider.name: provider for provider in SUITE.providers}

@@ -341,7 +341,7 @@ def _common_dtype(first: Tensor, *others: Tensor) -> list[Tensor]:
 def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
     """Dot products or cosines along the last dimension, broadcast, in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
-    dot = torch.einsum("...d,...d->...", q.to(dtype), k.to(dtype))
+    dot = torch.linalg.vecdot(q.to(dtype), k.to(dtype))  # autocast would round the products of einsum
     return dot * _inverse_norm(q, dtype) * _inverse_norm(k, dtype) if normalize else dot
 
 

@@ -55,7 +55,10 @@ _SCHEMAS = {
 
 def _kernel(name: str) -> Callable[..., Any]:
     def run(first: Tensor, *args: Any) -> Any:
-        return getattr(implementation("contrastive", first.device), name)(first, *args)
+        kernel = getattr(implementation("contrastive", first.device), name)
+        # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *args)
 
     return run
 

@@ -1,6 +1,7 @@
 """Inputs of the contrastive losses, and their evaluation by fastloss, the float64 reference and plain torch."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -173,15 +174,20 @@ def evaluate(
     leaf_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     requires_grad: Iterable[str] | None = None,
+    forward: AbstractContextManager[Any] | None = None,
 ) -> Result:
-    """Loss and gradients. Inputs are cast to `leaf_dtype`, and to `compute_dtype` inside the graph, where given."""
+    """Loss and gradients. Inputs are cast to `leaf_dtype`, and to `compute_dtype` inside the graph, where given.
+
+    `forward` is entered for the forward pass alone.
+    """
     wanted = set(problem.tensors if requires_grad is None else requires_grad)
     leaves = {
         name: (x.detach() if leaf_dtype is None else x.detach().to(leaf_dtype)).requires_grad_(name in wanted)
         for name, x in problem.tensors.items()
     }
     inputs = leaves if compute_dtype is None else {name: x.to(compute_dtype) for name, x in leaves.items()}
-    loss = problem(api, inputs)
+    with forward or nullcontext():
+        loss = problem(api, inputs)
     if wanted:
         loss.backward(upstream_of(loss))
     gradients = {name: leaves[name].grad for name in problem.tensors if name in wanted}

@@ -35,11 +35,11 @@ void lse_tile(Address c, std::int64_t rows, std::int64_t cols, Address row_scale
 }
 
 template <class T>
-void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, Address row_lse,
-               Address row_weight, Address col_scale, Address col_lse, Address col_weight, std::int64_t diagonal,
+void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, Address row_shift,
+               Address row_weight, Address col_scale, Address col_shift, Address col_weight, std::int64_t diagonal,
                Address row_ids, Address col_ids, Address row_dot, Address col_dot, Address partials, int threads) {
-  fastloss::cpu::contrastive_kernels<T>().grad_tile(at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_lse),
-                                                    at<T>(row_weight), at<T>(col_scale), at<T>(col_lse),
+  fastloss::cpu::contrastive_kernels<T>().grad_tile(at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_shift),
+                                                    at<T>(row_weight), at<T>(col_scale), at<T>(col_shift),
                                                     at<T>(col_weight), mask_of(diagonal, row_ids, col_ids),
                                                     at<T>(row_dot), at<T>(col_dot), at<T>(partials), threads);
 }

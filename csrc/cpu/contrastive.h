@@ -29,12 +29,13 @@ struct ContrastiveKernels {
   void (*lse_tile)(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask,
                    T* row_max, T* row_sum, T* col_max, T* col_sum, T* partials, int threads);
 
-  // g_ij = row_weight[i] * P_ij + col_weight[j] * R_ij with the softmax entries
-  // P_ij = 2^(row_scale[i] c_ij - row_lse[i]), R_ij = 2^(col_scale[j] c_ij - col_lse[j]); 0 where masked.
+  // g_ij = row_weight[i] * P_ij + col_weight[j] * R_ij with the exponentials that lse_tile summed,
+  // P_ij = 2^(row_scale[i] c_ij - row_shift[i]), R_ij = 2^(col_scale[j] c_ij - col_shift[j]); 0 where masked.
+  // Shifts are the final maxima (0 for infinite ones); whoever calls divides the weights by the sums.
   // g may be c. If row_dot is not null, row_dot[i] += sum_j P_ij c_ij, and col_dot[j] += sum_i R_ij c_ij
   // (partials: scratch of ceil(rows / kChunk) * cols). Column arguments are null without columns.
-  void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse,
-                    const T* row_weight, const T* col_scale, const T* col_lse, const T* col_weight, Mask mask,
+  void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
+                    const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask,
                     T* row_dot, T* col_dot, T* partials, int threads);
 };
 

@@ -58,7 +58,8 @@ template <class T, bool kMasked>
 FASTLOSS_INLINE void lse_row(const T* c, Mask mask, int64_t i, int64_t begin, int64_t end, T scale, T* row_max,
                              T* row_sum) {
   const Vec<T> none = splat<T>(-kInf<T>);
-  Vec<T> top = none;
+  Vec<T> top =
+      none;  // of rounded products: it only shifts; the exponents below are one fused operation, as in grad_tile
   for_each_vector<T, kMasked>(c, mask, i, begin, end, [&](int64_t, int, Vec<T> v, Bits<T> keep) {
     top = vmax<T>(top, keep ? v * scale : none);
   });
@@ -67,7 +68,7 @@ FASTLOSS_INLINE void lse_row(const T* c, Mask mask, int64_t i, int64_t begin, in
   const T shift = finite_or_zero(new_max);  // all left out: -inf - 0, not -inf - -inf
   Vec<T> sum{};
   for_each_vector<T, kMasked>(c, mask, i, begin, end, [&](int64_t, int, Vec<T> v, Bits<T> keep) {
-    sum += exp2<T>((keep ? v * scale : none) - shift);
+    sum += keep ? exp2<T>(v * scale - shift) : Vec<T>{};
   });
   row_sum[i] = row_sum[i] * exp2_one<T>(row_max[i] - shift) + sum_of<T>(sum);
   row_max[i] = new_max;
@@ -81,17 +82,14 @@ FASTLOSS_INLINE void lse_columns(const T* c, int64_t cols, Mask mask, int64_t i0
   const bool whole = n == kN;
   const Vec<T> none = splat<T>(-kInf<T>);
   const Vec<T> scale = whole ? load(col_scale + j) : load_some(col_scale + j, n);
-  auto logits = [&](int64_t i) {
-    const T* p = c + i * cols + j;
-    const Vec<T> v = whole ? load(p) : load_some(p, n);
-    return kMasked ? (kept<T, kMasked>(mask, i, j, n) ? v * scale : none) : v * scale;
-  };
+  auto value = [&](int64_t i) { return whole ? load(c + i * cols + j) : load_some(c + i * cols + j, n); };
+  auto keep = [&](int64_t i) { return kept<T, kMasked>(mask, i, j, n); };
   Vec<T> top = none;
-  for (int64_t i = i0; i < i1; ++i) top = vmax<T>(top, logits(i));
+  for (int64_t i = i0; i < i1; ++i) top = vmax<T>(top, keep(i) ? value(i) * scale : none);
   const Vec<T> magnitude = top < 0 ? -top : top;
   const Vec<T> shift = magnitude == kInf<T> ? Vec<T>{} : top;
   Vec<T> sum{};
-  for (int64_t i = i0; i < i1; ++i) sum += exp2<T>(logits(i) - shift);
+  for (int64_t i = i0; i < i1; ++i) sum += keep(i) ? exp2<T>(value(i) * scale - shift) : Vec<T>{};
   if (whole) {
     store(out_max + j, top);
     store(out_sum + j, sum);
@@ -144,9 +142,9 @@ void lse_tile(const T* c, int64_t rows, int64_t cols, const T* row_scale, const 
 }
 
 template <class T, bool kMasked, bool kColumns, bool kDots>
-void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse, const T* row_weight,
-               const T* col_scale, const T* col_lse, const T* col_weight, Mask mask, T* row_dot, T* col_dot,
-               T* partials, int threads) {
+void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
+               const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask, T* row_dot,
+               T* col_dot, T* partials, int threads) {
   constexpr int kN = Lanes<T>::kCount;
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -158,16 +156,16 @@ void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale,
       if (kDots && kColumns)
         for (int64_t j = 0; j < cols; ++j) sums[j] = 0;
       for (int64_t i = i0; i < i1; ++i) {
-        const T scale = row_scale[i], lse = row_lse[i], weight = row_weight[i];
+        const T scale = row_scale[i], shift = row_shift[i], weight = row_weight[i];
         Vec<T> dot{};
         for_each_vector<T, kMasked>(c + i * cols, mask, i, 0, cols, [&](int64_t j, int n, Vec<T> v, Bits<T> keep) {
           const bool whole = n == kN;
           auto at = [&](const T* p) { return whole ? load(p + j) : load_some(p + j, n); };
-          const Vec<T> p = exp2<T>(v * scale - lse);
+          const Vec<T> p = exp2<T>(v * scale - shift);
           Vec<T> value = p * weight;
           if (kDots) dot += keep ? p * v : Vec<T>{};
           if (kColumns) {
-            const Vec<T> r = exp2<T>(v * at(col_scale) - at(col_lse));
+            const Vec<T> r = exp2<T>(v * at(col_scale) - at(col_shift));
             value += r * at(col_weight);
             if (kDots) {
               const Vec<T> sum = at(sums) + (keep ? r * v : Vec<T>{});
@@ -211,12 +209,12 @@ FASTLOSS_INLINE auto grad_tile_for(bool columns, bool dots) {
 }
 
 template <class T>
-void grad_tile_any(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_lse,
-                   const T* row_weight, const T* col_scale, const T* col_lse, const T* col_weight, Mask mask,
+void grad_tile_any(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
+                   const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask,
                    T* row_dot, T* col_dot, T* partials, int threads) {
   const bool columns = col_scale != nullptr, dots = row_dot != nullptr;
   (touches(mask, rows, cols) ? grad_tile_for<T, true>(columns, dots) : grad_tile_for<T, false>(columns, dots))(
-      c, g, rows, cols, row_scale, row_lse, row_weight, col_scale, col_lse, col_weight, mask, row_dot, col_dot,
+      c, g, rows, cols, row_scale, row_shift, row_weight, col_scale, col_shift, col_weight, mask, row_dot, col_dot,
       partials, threads);
 }
 

@@ -31,7 +31,7 @@ struct Isa {
 #define FASTLOSS_ENTRY(isa, present) \
   {#isa, [] { return bool(present); }, &isa::contrastive_float, &isa::contrastive_double}
 const Isa kIsas[] = {
-    // the best first
+// the best first
 #ifdef FASTLOSS_X86
     FASTLOSS_ENTRY(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),

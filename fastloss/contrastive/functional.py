@@ -139,7 +139,7 @@ def info_nce(
                 query, negative_keys, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize
             )
         else:
-            logits = scale.reshape(-1, 1) * _row_similarity(query.unsqueeze(1), negative_keys, normalize)
+            logits = scale.expand(b).unsqueeze(1) * _row_similarity(query.unsqueeze(1), negative_keys, normalize)
             if query_ids is not None and key_ids is not None:
                 logits = logits.masked_fill(query_ids.unsqueeze(1) == key_ids, -math.inf)
             negatives = logits.logsumexp(1)
@@ -341,7 +341,7 @@ def _common_dtype(first: Tensor, *others: Tensor) -> list[Tensor]:
 def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
     """Dot products or cosines along the last dimension, broadcast, in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
-    dot = torch.linalg.vecdot(q.to(dtype), k.to(dtype))  # autocast would round the products of einsum
+    dot = (q.to(dtype) * k.to(dtype)).sum(-1)  # autocast would round the products of einsum and vecdot
     return dot * _inverse_norm(q, dtype) * _inverse_norm(k, dtype) if normalize else dot
 
 
@@ -351,8 +351,9 @@ def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_exp(a: Tensor, b: Tensor) -> Tensor:
-    """log(e^a + e^b); unlike `logaddexp`, its gradient is zero, not NaN, where both are -inf."""
-    return torch.stack((a, b)).logsumexp(0)
+    """log(e^a + e^b), with gradient zero, not NaN, where both are -inf."""
+    nothing = (a == -math.inf) & (b == -math.inf)
+    return torch.where(nothing, -math.inf, torch.logaddexp(a.masked_fill(nothing, 0), b))
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

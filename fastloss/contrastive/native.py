@@ -51,13 +51,13 @@ class _Epilogue:
 
     def grad_tile(self, c: Tensor, out: Tensor, row: Gradient, col: Gradient | None, mask: Mask) -> None:
         partials = _partials(c, 1) if col is not None and col.dot is not None else None
-        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.lse.data_ptr(), col.weight.data_ptr())
+        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.shift.data_ptr(), col.weight.data_ptr())
         _GRAD_TILE[c.dtype](
             c.data_ptr(),
             out.data_ptr(),
             *c.shape,
             row.scale.data_ptr(),
-            row.lse.data_ptr(),
+            row.shift.data_ptr(),
             row.weight.data_ptr(),
             *columns,
             *_mask_arguments(mask),

@@ -29,11 +29,11 @@ _SCHEMAS = {
     "similarity_lse_fwd": (
         "(Tensor q, Tensor k, Tensor row_scale, Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, "
         "bool normalize, bool drop_diagonal, bool keep) "
-        "-> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor kept)"
+        "-> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor row_stats, Tensor col_stats, Tensor kept)"
     ),
     "similarity_lse_bwd": (
         "(Tensor grad_row, Tensor grad_col, Tensor grad_diagonal, Tensor q, Tensor k, Tensor row_scale, "
-        "Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, Tensor row_lse, Tensor col_lse, Tensor kept, "
+        "Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, Tensor row_stats, Tensor col_stats, Tensor kept, "
         "bool normalize, bool drop_diagonal, bool need_q, bool need_k, bool need_scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_row_scale, Tensor grad_col_scale)"
     ),
@@ -45,9 +45,9 @@ _SCHEMAS = {
         "(Tensor grad, Tensor q, Tensor k, Tensor scale, Tensor grad_q, Tensor grad_k, Tensor grad_scale) "
         "-> (Tensor, Tensor, Tensor)"
     ),
-    "self_similarity_lse_fwd": "(Tensor x, Tensor scale, Tensor? ids, bool normalize) -> Tensor",
+    "self_similarity_lse_fwd": ("(Tensor x, Tensor scale, Tensor? ids, bool normalize) -> (Tensor lse, Tensor stats)"),
     "self_similarity_lse_bwd": (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor? ids, Tensor lse, bool normalize, bool need_x, bool need_scale) "
+        "(Tensor grad, Tensor x, Tensor scale, Tensor? ids, Tensor stats, bool normalize, bool need_x, bool need_scale) "
         "-> (Tensor grad_x, Tensor grad_scale)"
     ),
 }
@@ -99,20 +99,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _(q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep):  # type: ignore[no-untyped-def]
     m, n = q.shape[0], k.shape[0]
     new = row_scale.new_empty
-    return new((m,)), new((0 if col_scale is None else n,)), new((torch.sym_min(m, n),)), new((m * n if keep else 0,))
+    columns = 0 if col_scale is None else n
+    kept = new((m * n if keep else 0,))
+    return new((m,)), new((columns,)), new((torch.sym_min(m, n),)), new((2, m)), new((2, columns)), kept
 
 
 @torch.library.register_fake("fastloss::similarity_lse_bwd", lib=_LIBRARY)
 def _(  # type: ignore[no-untyped-def]
-    grad_row, grad_col, grad_diagonal, q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept,
+    grad_row, grad_col, grad_diagonal, q, k, row_scale, col_scale, q_ids, k_ids, row_stats, col_stats, kept,
     normalize, drop_diagonal, need_q, need_k, need_scale,
 ):  # fmt: skip
     columns = need_scale and col_scale is not None
     return (
         torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device),
         torch.empty(k.shape if need_k else (0,), dtype=k.dtype, device=k.device),
-        row_lse.new_empty((q.shape[0] if need_scale else 0,)),
-        row_lse.new_empty((k.shape[0] if columns else 0,)),
+        row_stats.new_empty((q.shape[0] if need_scale else 0,)),
+        row_stats.new_empty((k.shape[0] if columns else 0,)),
     )
 
 
@@ -120,27 +122,31 @@ def _(  # type: ignore[no-untyped-def]
 def _(q, k, scale, q_ids, k_ids, normalize, need_q, need_k, need_scale):  # type: ignore[no-untyped-def]
     return (
         scale.new_empty(()),
-        torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device),
-        torch.empty(k.shape if need_k else (0,), dtype=k.dtype, device=k.device),
+        scale.new_empty(q.shape if need_q else (0,)),
+        scale.new_empty(k.shape if need_k else (0,)),
         scale.new_empty((q.shape[0] if need_scale else 0,)),
     )
 
 
 @torch.library.register_fake("fastloss::row_nll_bwd", lib=_LIBRARY)
 def _(grad, q, k, scale, grad_q, grad_k, grad_scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(grad_q), torch.empty_like(grad_k), torch.empty_like(grad_scale)
+    return (
+        torch.empty_like(grad_q, dtype=q.dtype),
+        torch.empty_like(grad_k, dtype=k.dtype),
+        torch.empty_like(grad_scale),
+    )
 
 
 @torch.library.register_fake("fastloss::self_similarity_lse_fwd", lib=_LIBRARY)
 def _(x, scale, ids, normalize):  # type: ignore[no-untyped-def]
-    return scale.new_empty((x.shape[0],))
+    return scale.new_empty((x.shape[0],)), scale.new_empty((2, x.shape[0]))
 
 
 @torch.library.register_fake("fastloss::self_similarity_lse_bwd", lib=_LIBRARY)
-def _(grad, x, scale, ids, lse, normalize, need_x, need_scale):  # type: ignore[no-untyped-def]
+def _(grad, x, scale, ids, stats, normalize, need_x, need_scale):  # type: ignore[no-untyped-def]
     return (
         torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device),
-        lse.new_empty((x.shape[0] if need_scale else 0,)),
+        stats.new_empty((x.shape[0] if need_scale else 0,)),
     )
 
 
@@ -180,12 +186,11 @@ class _SimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
-        row_lse, col_lse, _, kept = output
-        ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, row_lse, col_lse, kept)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, *output[3:])
 
     @staticmethod
-    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, *_: Any) -> Any:
         row_scale, col_scale = ctx.saved_tensors[2:4]
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
         grad_q, grad_k, per_row, per_col = _once(
@@ -236,10 +241,11 @@ class _SelfSimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, scale, ids, ctx.normalize = inputs
-        ctx.save_for_backward(x, scale, ids, output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, scale, ids, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         scale = ctx.saved_tensors[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
         grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
@@ -272,7 +278,7 @@ def similarity_lse(
     size = q.shape[0] * k.shape[0] * (8 if q.dtype == torch.float64 else 4)
     grad = any(_needs_grad(q, k, row_scale, col_scale))
     k, col_scale, k_ids = _distinct(k, q), _distinct(col_scale, row_scale), _distinct(k_ids, q_ids)
-    row_lse, col_lse, diagonal, _ = _run(_SimilarityLse, grad)(
+    row_lse, col_lse, diagonal, *_ = _run(_SimilarityLse, grad)(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, grad and size <= KEEP_BYTES
     )
     return row_lse, col_lse, diagonal
@@ -289,7 +295,7 @@ def row_nll(
 ) -> Tensor:
     """() in the accumulation dtype; see the module's docstring."""
     needs = _needs_grad(q, k, scale)
-    waiting = (needs[0] * q.numel() + needs[1] * k.numel()) * q.element_size()
+    waiting = (needs[0] * q.numel() + needs[1] * k.numel()) * (8 if q.dtype == torch.float64 else 4)
     if any(needs) and waiting <= WAITING_BYTES:
         k, k_ids = _distinct(k, q), _distinct(k_ids, q_ids)
         total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
@@ -331,5 +337,5 @@ def self_similarity_lse(
     normalize: bool = False,
 ) -> Tensor:
     """(M,) in the accumulation dtype; see the module's docstring."""
-    result: Tensor = _run(_SelfSimilarityLse, any(_needs_grad(x, scale)))(x, scale, ids, normalize)
+    result: Tensor = _run(_SelfSimilarityLse, any(_needs_grad(x, scale)))(x, scale, ids, normalize)[0]
     return result

@@ -53,7 +53,7 @@ class _Epilogue:
         for state, dim in ((row, 1), (col, 0)):
             if state is None:
                 continue
-            p = torch.addcmul(-state.lse.unsqueeze(dim), c, state.scale.unsqueeze(dim)).exp2_()
+            p = (c * state.scale.unsqueeze(dim)).sub_(state.shift.unsqueeze(dim)).exp2_()
             if left_out is not None:
                 p.masked_fill_(left_out, 0)
             if state.dot is not None:

@@ -58,6 +58,10 @@ class Softmax:
     def __getitem__(self, part: slice) -> Softmax:
         return Softmax(self.scale[part], self.max[part], self.sum[part])
 
+    def stats(self) -> Tensor:
+        """(2, n): the shift and the sum of 2^(z - shift); the backward pass repeats exactly these exponentials."""
+        return torch.stack((torch.where(self.max.isinf(), 0, self.max), self.sum))
+
     def lse(self) -> Tensor:
         """Natural log-sum-exp; -inf where nothing was seen."""
         return (self.max + self.sum.log2()) / LOG2_E
@@ -65,36 +69,45 @@ class Softmax:
 
 @dataclass
 class Gradient:
-    """One direction's inputs of the backward pass, in base 2, and its accumulated sum of P_ij c_ij."""
+    """One direction's inputs of the backward pass, in base 2, and its accumulated sum of 2^(z - shift) c.
+
+    The softmax is 2^(z - shift) / sum with the forward pass's own shift and sum: a saturated row gives exactly one,
+    where 2^(z - lse) would carry the rounding of lse, |lse| times that of one.
+    """
 
     scale: Tensor  # (n,)
-    lse: Tensor  # (n,)
-    weight: Tensor  # (n,)  upstream gradient times the natural scale
+    shift: Tensor  # (n,)
+    weight: Tensor  # (n,)  upstream gradient times the natural scale, over the sum
     dot: Tensor | None  # (n,)
 
     @classmethod
-    def start(cls, scale: Tensor, lse: Tensor, upstream: Tensor, need_dot: bool) -> Gradient:
-        n = lse.shape[0]
+    def start(cls, scale: Tensor, stats: Tensor, upstream: Tensor, need_dot: bool) -> Gradient:
+        n = upstream.shape[0]
         return cls(
             (scale * LOG2_E).expand(n).contiguous(),
-            lse * LOG2_E,
-            (upstream * scale).contiguous(),
-            lse.new_zeros((n,)) if need_dot else None,
+            stats[0],
+            _over_sum(upstream * scale, stats),
+            upstream.new_zeros((n,)) if need_dot else None,
         )
 
     def __getitem__(self, part: slice) -> Gradient:
         return Gradient(
-            self.scale[part], self.lse[part], self.weight[part], None if self.dot is None else self.dot[part]
+            self.scale[part], self.shift[part], self.weight[part], None if self.dot is None else self.dot[part]
         )
 
     def without_dot(self) -> Gradient:
         """The same inputs; the dots go to a buffer of their own, which is dropped."""
-        return Gradient(self.scale, self.lse, self.weight, None if self.dot is None else torch.zeros_like(self.dot))
+        return Gradient(self.scale, self.shift, self.weight, None if self.dot is None else torch.zeros_like(self.dot))
 
-    def scale_grad(self, upstream: Tensor) -> Tensor:
+    def scale_grad(self, upstream: Tensor, stats: Tensor) -> Tensor:
         """Gradient of the natural scale per row: upstream * E_P[c]."""
         assert self.dot is not None
-        return torch.where(upstream == 0, upstream, upstream * self.dot)  # rows without pairs: lse -inf, weight 0
+        return _over_sum(upstream * self.dot, stats)
+
+
+def _over_sum(x: Tensor, stats: Tensor) -> Tensor:
+    """x / sum, and 0 for rows whose pairs are all left out."""
+    return torch.where(stats[1] == 0, 0, x / stats[1])
 
 
 class Epilogue(Protocol):
@@ -180,8 +193,12 @@ def lse_forward(
     normalize: bool,
     drop_diagonal: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),), the tiles of c one after another (M * N,) or (0,))."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What the op returns.
+
+    row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),); for the backward pass the row and column statistics, (2, M)
+    and (2, N) or (2, 0), and the tiles of c one after another, (M * N,) or (0,).
+    """
     m, n = q.shape[0], k.shape[0]
     left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS)
     row = Softmax.start(row_scale, m)
@@ -198,7 +215,9 @@ def lse_forward(
             if both.start < both.stop:
                 diagonal[both] = c.diagonal(offset)
             epilogue.lse_tile(c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
-    return row.lse(), row.max.new_empty((0,)) if col is None else col.lse(), diagonal, kept
+    none = row.max.new_empty((0,))
+    col_lse, col_stats = (none, none.view(2, 0)) if col is None else (col.lse(), col.stats())
+    return row.lse(), col_lse, diagonal, row.stats(), col_stats, kept
 
 
 def lse_backward(
@@ -212,8 +231,8 @@ def lse_backward(
     col_scale: Tensor | None,
     q_ids: Tensor | None,
     k_ids: Tensor | None,
-    row_lse: Tensor,
-    col_lse: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
     kept: Tensor,
     normalize: bool,
     drop_diagonal: bool,
@@ -224,14 +243,14 @@ def lse_backward(
     """Gradients of q, k and of the scales per row (M,) and per column (N,); (0,) for what is not needed."""
     m, n = q.shape[0], k.shape[0]
     left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS)
-    row = Gradient.start(row_scale, row_lse, grad_row, need_scale)
-    col = None if col_scale is None else Gradient.start(col_scale, col_lse, grad_col, need_scale)
+    row = Gradient.start(row_scale, row_stats, grad_row, need_scale)
+    col = None if col_scale is None else Gradient.start(col_scale, col_stats, grad_col, need_scale)
     dtype = left.dtype
-    empty = row_lse.new_empty((0,))
+    empty = row_stats.new_empty((0,))
     grad_q = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
     grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
-    block_grad = grad_q if q.dtype == dtype else row_lse.new_empty((min(m, TILE_ROWS), q.shape[1]))
-    scratch = row_lse.new_empty((min(m, TILE_ROWS) * min(n, TILE_COLS),))
+    block_grad = grad_q if q.dtype == dtype else row_stats.new_empty((min(m, TILE_ROWS), q.shape[1]))
+    scratch = row_stats.new_empty((min(m, TILE_ROWS) * min(n, TILE_COLS),))
     for i in blocks(m, TILE_ROWS):
         q_block = left[i]
         dq = (block_grad[i] if q.dtype == dtype else block_grad[: i.stop - i.start]) if need_q else empty
@@ -259,8 +278,8 @@ def lse_backward(
     return (
         grad_q,
         grad_k.to(k.dtype),
-        row.scale_grad(grad_row) if need_scale else empty,
-        col.scale_grad(grad_col) if need_scale and col is not None else empty,
+        row.scale_grad(grad_row, row_stats) if need_scale else empty,
+        col.scale_grad(grad_col, col_stats) if need_scale and col is not None else empty,
     )
 
 
@@ -270,8 +289,8 @@ def self_lse_forward(
     scale: Tensor,  # () or (M,)
     ids: Tensor | None,  # (M,)
     normalize: bool,
-) -> Tensor:
-    """log sum over j != i of exp(scale_i c_ij), (M,). Each c_ij = c_ji is computed once."""
+) -> tuple[Tensor, Tensor]:
+    """log sum over j != i of exp(scale_i c_ij), (M,), and the statistics (2, M). Each c_ij = c_ji is computed once."""
     n = x.shape[0]
     left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE)
     state = Softmax.start(scale, n)
@@ -282,7 +301,7 @@ def self_lse_forward(
             diagonal = i == j
             c = torch.mm(x_block, (x_block if diagonal else right[j]).t(), out=_tile(scratch, i, j))
             epilogue.lse_tile(c, state[i], None if diagonal else state[j], _mask(True, i, j, ids, ids))
-    return state.lse()
+    return state.lse(), state.stats()
 
 
 def self_lse_backward(
@@ -291,7 +310,7 @@ def self_lse_backward(
     x: Tensor,
     scale: Tensor,
     ids: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     normalize: bool,
     need_x: bool,
     need_scale: bool,
@@ -299,9 +318,9 @@ def self_lse_backward(
     """Gradients of x and of the scale per row."""
     n = x.shape[0]
     left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE)
-    state = Gradient.start(scale, lse, grad, need_scale)
-    total = torch.zeros(x.shape, dtype=left.dtype, device=x.device) if need_x else lse.new_empty((0,))
-    scratch = lse.new_empty((min(n, SELF_TILE) ** 2,))
+    state = Gradient.start(scale, stats, grad, need_scale)
+    total = torch.zeros(x.shape, dtype=left.dtype, device=x.device) if need_x else stats.new_empty((0,))
+    scratch = stats.new_empty((min(n, SELF_TILE) ** 2,))
     for i in blocks(n, SELF_TILE):
         x_block = left[i]
         for j in blocks(n, SELF_TILE, i.start):
@@ -319,7 +338,9 @@ def self_lse_backward(
     if need_x and normalize:
         for i in blocks(n, SELF_TILE):
             left.finish(total[i], i, left[i])
-    return total.to(x.dtype) if need_x else total, state.scale_grad(grad) if need_scale else lse.new_empty((0,))
+    return total.to(x.dtype) if need_x else total, state.scale_grad(grad, stats) if need_scale else stats.new_empty(
+        (0,)
+    )
 
 
 def row_nll(
@@ -334,7 +355,7 @@ def row_nll(
     need_k: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep."""
+    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients (accumulation dtype), in one sweep."""
     m, n = q.shape[0], k.shape[0]
     height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
     left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
@@ -342,15 +363,14 @@ def row_nll(
     state = Softmax.start(scale, m)
     empty = state.max.new_empty((0,))
     total = state.max.new_zeros(())
-    grad_q = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
+    grad_q = torch.empty(q.shape if need_q else (0,), dtype=dtype, device=q.device)
     grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
     grad_scale = state.max.new_empty((m if need_scale else 0,))
-    block_grad = grad_q if q.dtype == dtype else state.max.new_empty((min(m, height), q.shape[1]))
     panel = state.max.new_empty((min(m, height) * n,))
     for i in blocks(m, height):
         q_block = left[i]
         rows = slice(0, i.stop - i.start)
-        dq = (block_grad[i] if q.dtype == dtype else block_grad[rows]) if need_q else empty
+        dq = grad_q[i] if need_q else empty
         diagonal = state.max.new_empty((rows.stop,))
         for j in blocks(n, TILE_COLS):
             c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, n))
@@ -358,36 +378,35 @@ def row_nll(
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
             epilogue.lse_tile(c, state[i], None, _mask(True, i, j, q_ids, k_ids))
-        lse = state[i].lse()
+        lse, stats = state[i].lse(), state[i].stats()
         row_scale = scale if scale.dim() == 0 else scale[i]
         margin = lse - row_scale * diagonal
         total += torch.nn.functional.softplus(margin, threshold=40).sum()
         slope = margin.sigmoid()
-        row = Gradient.start(row_scale, lse, slope, need_scale)
+        row = Gradient.start(row_scale, stats, slope, need_scale)
         for j in blocks(n, TILE_COLS):
             g = _tile(panel, rows, j, n)
             epilogue.grad_tile(g, g, row, None, _mask(True, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
-                g.diagonal(offset).sub_(row.weight[both.start - i.start : both.stop - i.start])
+                part = slice(both.start - i.start, both.stop - i.start)
+                g.diagonal(offset).sub_((slope * row_scale)[part])
             if need_q:
                 torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
             if need_k:
                 grad_k[j].addmm_(g.t(), q_block)
         if need_scale:
-            grad_scale[i] = row.scale_grad(slope) - slope * diagonal
+            grad_scale[i] = row.scale_grad(slope, stats) - slope * diagonal
         if need_q:
             left.finish(dq, i, q_block)
-            if q.dtype != dtype:
-                grad_q[i] = dq
     if need_k:
         for j in blocks(n, TILE_COLS):
             right.finish(grad_k[j], j, right[j] if normalize else empty)
-    return total, grad_q, grad_k.to(k.dtype), grad_scale
+    return total, grad_q, grad_k, grad_scale
 
 
 def row_nll_backward(
     grad: Tensor, q: Tensor, k: Tensor, scale: Tensor, grad_q: Tensor, grad_k: Tensor, grad_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients found by the forward pass times the upstream one; q, k and scale only connect the graph."""
-    return grad_q * grad.to(grad_q.dtype), grad_k * grad.to(grad_k.dtype), grad_scale * grad
+    return (grad_q * grad).to(q.dtype), (grad_k * grad).to(k.dtype), grad_scale * grad

@@ -150,7 +150,7 @@ def _print_tables(results: report.Report) -> None:
     from rich.text import Text
 
     # A pipe or a file has no width of its own; the tables need about this much.
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for line in report.machine_lines(results):
         console.print(Text(line))
     for case in results["cases"]:

@@ -287,9 +287,7 @@ def _nt_xent(name: str, rows: int, dim: int, reason: str, **options: Any) -> Cas
 
 
 def _sweep(rows: int) -> Case:
-    quick = Schedule(
-        rounds=max(3, min(30, 8192 // rows)), slow_rounds=2, budget=6, timed=_SWEPT, memory=_SWEPT - {"torch.compile"}
-    )
+    quick = Schedule(rounds=max(3, min(30, 8192 // rows)), budget=6, timed=_SWEPT, memory=_SWEPT - {"torch.compile"})
     return _clip(
         f"clip-sweep-{rows}",
         rows,

@@ -70,6 +70,13 @@ class Schedule:
     timed: frozenset[str] | None = None
     memory: frozenset[str] | None = None
 
+    def rounds_of(self, provider: Provider) -> int:
+        return min(self.rounds, self.slow_rounds) if provider.slow else self.rounds
+
+    def warmup_of(self, provider: Provider) -> int:
+        """Passes at full size before the clock counts; the check has already run everybody at a reduced size."""
+        return 0 if provider.slow else max(self.warmup, int(provider.compiles))
+
 
 @dataclass(frozen=True)
 class Case:
@@ -495,7 +502,7 @@ class Runner:
                 return None
 
         for provider in running:
-            for _ in range(max(schedule.warmup, int(provider.compiles))):
+            for _ in range(schedule.warmup_of(provider)):
                 if provider in alive:
                     timed(provider, "warming up")
         gc.collect()
@@ -504,7 +511,7 @@ class Runner:
             if turn >= 2 and time.perf_counter() - start > schedule.budget:
                 break
             for provider in list(alive):
-                if provider.slow and turn >= schedule.slow_rounds:
+                if turn >= schedule.rounds_of(provider):
                     continue
                 seconds = timed(provider, f"round {turn + 1} of {schedule.rounds},")
                 if seconds is not None:

@@ -38,17 +38,21 @@ METHOD = """\
 # ---------------------------------------------------------------- cells
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{_three_digits(seconds / factor)} {unit}"
     return f"{seconds * 1e6:.3g} µs"
 
 
 def size(count: float) -> str:
     for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if abs(count) >= factor:
-            return f"{count / factor:.3g} {unit}"
+            return f"{_three_digits(count / factor)} {unit}"
     return f"{count:.0f} B"
 
 

@@ -29,6 +29,5 @@ def test_forward_and_backward(benchmark: Any, case: Case, provider: Provider) ->
     benchmark.group = case.name
     benchmark.extra_info.update(check=vars(check(SUITE, provider, case, seed=0)), flops=case.flops.of(case.sizes))
     inputs = case.inputs(seed=0)
-    rounds = min(schedule.rounds, schedule.slow_rounds) if provider.slow else schedule.rounds
-    warmup = max(schedule.warmup, int(provider.compiles))
-    benchmark.pedantic(provider.step, (case.op, inputs), rounds=max(1, rounds), warmup_rounds=warmup)
+    rounds = max(1, schedule.rounds_of(provider))
+    benchmark.pedantic(provider.step, (case.op, inputs), rounds=rounds, warmup_rounds=schedule.warmup_of(provider))

@@ -256,7 +256,7 @@ def test_atomic_write_replaces_and_cleans_up(tmp_path, monkeypatch):
 
 def test_units():
     assert [report.duration(s) for s in (1.5, 0.0123, 4.2e-5)] == ["1.5 s", "12.3 ms", "42 µs"]
-    assert [report.size(n) for n in (10, 2048, 3 << 20, 5 << 30)] == ["10 B", "2 KiB", "3 MiB", "5 GiB"]
+    assert [report.size(n) for n in (10, 2048, 1020 << 20, 5 << 30)] == ["10 B", "2 KiB", "1020 MiB", "5 GiB"]
 
 
 def test_digits_example_names_a_bad_batch_size():

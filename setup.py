@@ -17,7 +17,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-COMMON = "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+COMMON = (
+    "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-Wall -Wextra -Wno-psabi"
+)
+KERNEL = "-fno-exceptions -fno-rtti"  # neither is used, and both would bring weak symbols
 ISA_FLAGS = {"baseline": ""}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 if X86:
@@ -55,7 +59,7 @@ def ninja_rules(output: Path) -> str:
         compile_to(Path(source).stem + ".o", source, includes)
     for source in KERNELS:
         for isa, flags in ISA_FLAGS.items():
-            compile_to(f"{Path(source).stem}.{isa}.o", source, f"{flags} -DFASTLOSS_ISA={isa}")
+            compile_to(f"{Path(source).stem}.{isa}.o", source, f"{KERNEL} {flags} -DFASTLOSS_ISA={isa}")
     lines.append(f"build {quoted(output.resolve())}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

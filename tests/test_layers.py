@@ -71,14 +71,14 @@ def object_file(tmp_path: Path, isa: str) -> Path:
 
 
 def build_flags() -> dict[str, list[str]]:
-    """COMMON and ISA_FLAGS of setup.py, read without running it."""
+    """COMMON, KERNEL and ISA_FLAGS of setup.py, read without running it."""
     tree = ast.parse((ROOT / "setup.py").read_text())
-    flags: dict[str, list[str]] = {"baseline": []}
+    flags: dict[str, list[str]] = {"common": [], "baseline": []}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             target = node.targets[0]
-            if isinstance(target, ast.Name) and target.id == "COMMON":
-                flags["common"] = node.value.value.split()
+            if isinstance(target, ast.Name) and target.id in ("COMMON", "KERNEL"):
+                flags["common"] += node.value.value.split()
             elif isinstance(target, ast.Subscript) and ast.unparse(target.value) == "ISA_FLAGS":
                 flags[ast.literal_eval(target.slice)] = node.value.value.split()
     return flags

@@ -47,7 +47,8 @@ _SCHEMAS = {
     ),
     "self_similarity_lse_fwd": ("(Tensor x, Tensor scale, Tensor? ids, bool normalize) -> (Tensor lse, Tensor stats)"),
     "self_similarity_lse_bwd": (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor? ids, Tensor stats, bool normalize, bool need_x, bool need_scale) "
+        "(Tensor grad, Tensor x, Tensor scale, Tensor? ids, Tensor stats, bool normalize, "
+        "bool need_x, bool need_scale) "
         "-> (Tensor grad_x, Tensor grad_scale)"
     ),
 }

@@ -215,9 +215,9 @@ def lse_forward(
             if both.start < both.stop:
                 diagonal[both] = c.diagonal(offset)
             epilogue.lse_tile(c, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
-    none = row.max.new_empty((0,))
-    col_lse, col_stats = (none, none.view(2, 0)) if col is None else (col.lse(), col.stats())
-    return row.lse(), col_lse, diagonal, row.stats(), col_stats, kept
+    if col is None:
+        col = Softmax.start(row_scale.new_empty((0,)), 0)
+    return row.lse(), col.lse(), diagonal, row.stats(), col.stats(), kept
 
 
 def lse_backward(
@@ -338,9 +338,8 @@ def self_lse_backward(
     if need_x and normalize:
         for i in blocks(n, SELF_TILE):
             left.finish(total[i], i, left[i])
-    return total.to(x.dtype) if need_x else total, state.scale_grad(grad, stats) if need_scale else stats.new_empty(
-        (0,)
-    )
+    grad_scale = state.scale_grad(grad, stats) if need_scale else stats.new_empty((0,))
+    return total.to(x.dtype) if need_x else total, grad_scale
 
 
 def row_nll(
@@ -355,7 +354,10 @@ def row_nll(
     need_k: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients (accumulation dtype), in one sweep."""
+    """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep.
+
+    The gradients are in the accumulation dtype: a loss scale may still multiply them.
+    """
     m, n = q.shape[0], k.shape[0]
     height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
     left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)

@@ -48,7 +48,7 @@ def _features(rows: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
 def _similarity(m: int = 7, n: int = 5, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
     ids = torch.arange(max(m, n)) % 4
     scale = torch.linspace(0.5, 2, m, dtype=dtype), torch.linspace(2, 0.5, n, dtype=dtype)
-    return _features(m, d, dtype, 0), _features(n, d, dtype, 1), *scale, ids[:m], ids[:n].flip(0), True, True, False
+    return _features(m, d, dtype, 0), _features(n, d, dtype, 1), *scale, ids[:m], ids[:n].flip(0), True, True, 0
 
 
 def _row_nll(m: int = 5, n: int = 7, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
@@ -84,8 +84,8 @@ OPS = [
         _row_nll,
         (0, 1, 2),
         lambda: _row_nll(B, B, D, torch.float32),
-        # gradients twice (found forward, scaled backward), a panel of 16 MiB, blocks, vectors
-        lambda q, *_: 4 * q.numel() * 4 + 16 * MIB + 4 * 1536 * D * 4 + 32 * B * 4,
+        # gradients twice (found forward, scaled backward), a panel of 24 MiB (1024 rows), blocks, vectors
+        lambda q, *_: 4 * q.numel() * 4 + 24 * MIB + 4 * 1536 * D * 4 + 32 * B * 4,
         lambda q, k, scale, *_: _dense_similarity(q, k, scale.expand(len(q))),
     ),
     Op(

@@ -83,9 +83,9 @@ def info_nce(
         RuntimeError: a second derivative is asked for.
 
     Memory:
-        O((B + M) D): the gradients, one tile of 2 MiB, and blocks of 3072 D numbers. Problems with up to 16 MiB of
-        similarities keep them until the backward pass. One direction with "sum" or "mean" and gradients of up to
-        32 MiB holds those twice, and a panel of whole rows, max(16 MiB, 512 (B + M)) bytes in float32.
+        O((B + M) D): the gradients, one tile of 2 MiB, blocks of 3072 D numbers, and up to 48 MiB of similarities
+        kept for the backward pass. One direction with "sum" or "mean" and gradients of up to 32 MiB holds those
+        twice, and a panel of whole rows, at most max(32 MiB, 512 (B + M) bytes) in float32.
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:

@@ -7,8 +7,8 @@ row_nll              sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
 Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
-tensors and in the scales. Flops, forward + backward: similarity_lse 8MND (6MND if the similarities were kept), row_nll
-6MND, self_similarity_lse 4MMD.
+tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for the first 48 MiB of similarities,
+which are kept; row_nll 6MND; self_similarity_lse 4MMD.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 _SCHEMAS = {
     "similarity_lse_fwd": (
         "(Tensor q, Tensor k, Tensor row_scale, Tensor? col_scale, Tensor? q_ids, Tensor? k_ids, "
-        "bool normalize, bool drop_diagonal, bool keep) "
+        "bool normalize, bool drop_diagonal, SymInt keep) "
         "-> (Tensor row_lse, Tensor col_lse, Tensor diagonal, Tensor row_stats, Tensor col_stats, Tensor kept)"
     ),
     "similarity_lse_bwd": (
@@ -101,8 +101,7 @@ def _(q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep):
     m, n = q.shape[0], k.shape[0]
     new = row_scale.new_empty
     columns = 0 if col_scale is None else n
-    kept = new((m * n if keep else 0,))
-    return new((m,)), new((columns,)), new((torch.sym_min(m, n),)), new((2, m)), new((2, columns)), kept
+    return new((m,)), new((columns,)), new((torch.sym_min(m, n),)), new((2, m)), new((2, columns)), new((keep,))
 
 
 @torch.library.register_fake("fastloss::similarity_lse_bwd", lib=_LIBRARY)
@@ -177,6 +176,13 @@ def _once(op: Any, *args: Any) -> Any:
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
+def _save_unseen(ctx: Any, outputs: tuple[Tensor, ...]) -> None:
+    """Outputs that only the backward pass reads: autograd must not make gradients of zeros of their size."""
+    ctx.mark_non_differentiable(*outputs)
+    if not torch.compiler.is_compiling():  # Dynamo does not know the method; its graph drops unused zeros
+        ctx.set_materialize_grads(False)
+
+
 class _SimilarityLse(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -187,15 +193,19 @@ class _SimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
-        ctx.mark_non_differentiable(*output[3:])
+        _save_unseen(ctx, output[3:])
         ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, *output[3:])
 
     @staticmethod
-    def backward(ctx: Any, grad_row: Tensor, grad_col: Tensor, grad_diagonal: Tensor, *_: Any) -> Any:
-        row_scale, col_scale = ctx.saved_tensors[2:4]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        q, k, row_scale, col_scale = ctx.saved_tensors[:4]
+        lengths = (q.shape[0], 0 if col_scale is None else k.shape[0], torch.sym_min(q.shape[0], k.shape[0]))
+        upstream = (
+            row_scale.new_zeros((n,)) if grad is None else grad for grad, n in zip(grads[:3], lengths, strict=True)
+        )
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
         grad_q, grad_k, per_row, per_col = _once(
-            _similarity_lse_bwd, grad_row, grad_col, grad_diagonal, *ctx.saved_tensors,
+            _similarity_lse_bwd, *upstream, *ctx.saved_tensors,
             ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
         )  # fmt: skip
         return (
@@ -216,11 +226,13 @@ class _RowNll(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        _save_unseen(ctx, output[1:])
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        if grad is None:
+            return (None,) * 9
         scale = ctx.saved_tensors[2]
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
         grad_q, grad_k, per_row = _once(_row_nll_bwd, grad, *ctx.saved_tensors)
@@ -242,11 +254,13 @@ class _SelfSimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, scale, ids, ctx.normalize = inputs
-        ctx.mark_non_differentiable(output[1])
+        _save_unseen(ctx, output[1:])
         ctx.save_for_backward(x, scale, ids, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
+        if grad is None:
+            return (None,) * 4
         scale = ctx.saved_tensors[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
         grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
@@ -276,11 +290,12 @@ def similarity_lse(
     drop_diagonal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
-    size = q.shape[0] * k.shape[0] * (8 if q.dtype == torch.float64 else 4)
+    size = 8 if q.dtype == torch.float64 else 4
     grad = any(_needs_grad(q, k, row_scale, col_scale))
+    keep = torch.sym_min(q.shape[0] * k.shape[0], KEEP_BYTES // size) if grad else 0
     k, col_scale, k_ids = _distinct(k, q), _distinct(col_scale, row_scale), _distinct(k_ids, q_ids)
     row_lse, col_lse, diagonal, *_ = _run(_SimilarityLse, grad)(
-        q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, grad and size <= KEEP_BYTES
+        q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
     )
     return row_lse, col_lse, diagonal
 

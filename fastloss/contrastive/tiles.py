@@ -25,11 +25,11 @@ TILE_ROWS = 1024
 TILE_COLS = 512
 # A self-similarity is covered by square tiles on and above the diagonal; small ones waste less on the diagonal.
 SELF_TILE = 512
-# Similarities of small problems are kept for the backward pass instead of being computed again: 6MND flops, not 8MND.
-KEEP_BYTES = 16 << 20
+# So many similarities are kept for the backward pass instead of being computed again: 6MND flops for them, not 8MND.
+KEEP_BYTES = 48 << 20
 # One direction with a scalar reduction needs nothing but its own rows: a panel of whole rows serves forward and
 # backward, 6MND flops. At least 128 rows, below which the products lose their speed: 512 bytes a column in float32.
-PANEL_BYTES = 16 << 20
+PANEL_BYTES = 32 << 20
 PANEL_ROWS = 128
 # Its gradients wait for the upstream factor, which makes new ones of them: up to this size speed is worth the copy.
 WAITING_BYTES = 32 << 20
@@ -162,11 +162,17 @@ def blocks(n: int, size: int, first: int = 0) -> Iterator[slice]:
         yield slice(start, min(start + size, n))
 
 
-def _tile(buffer: Tensor, rows: slice, cols: slice, n: int | None = None) -> Tensor:
-    """The contiguous tile (rows, cols): at the start of a scratch buffer, or at its place among those of n columns."""
+def _tile(buffer: Tensor, rows: slice, cols: slice, start: int = 0) -> Tensor:
+    """A contiguous tile of the size (rows, cols) in a flat buffer."""
     shape = (rows.stop - rows.start, cols.stop - cols.start)
-    start = 0 if n is None else rows.start * n + shape[0] * cols.start
     return buffer[start : start + shape[0] * shape[1]].view(shape)
+
+
+def _kept_tile(kept: Tensor, rows: slice, cols: slice, n: int) -> Tensor | None:
+    """The tile's own place in the order of the sweep, if the buffer reaches that far."""
+    start = rows.start * n + (rows.stop - rows.start) * cols.start
+    end = start + (rows.stop - rows.start) * (cols.stop - cols.start)
+    return _tile(kept, rows, cols, start) if end <= kept.shape[0] else None
 
 
 def _mask(drop_diagonal: bool, rows: slice, cols: slice, row_ids: Tensor | None, col_ids: Tensor | None) -> Mask:
@@ -192,25 +198,25 @@ def lse_forward(
     k_ids: Tensor | None,  # (N,)
     normalize: bool,
     drop_diagonal: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the op returns.
 
     row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),); for the backward pass the row and column statistics, (2, M)
-    and (2, N) or (2, 0), and the tiles of c one after another, (M * N,) or (0,).
+    and (2, N) or (2, 0), and the first `keep` similarities, tile by tile, (keep,).
     """
     m, n = q.shape[0], k.shape[0]
     left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS)
     row = Softmax.start(row_scale, m)
     col = None if col_scale is None else Softmax.start(col_scale, n)
     diagonal = row.max.new_empty((min(m, n),))
-    kept = row.max.new_empty((m * n if keep else 0,))
-    scratch = row.max.new_empty((0 if keep else min(m, TILE_ROWS) * min(n, TILE_COLS),))
+    kept = row.max.new_empty((keep,))
+    scratch = row.max.new_empty((0 if keep == m * n else min(m, TILE_ROWS) * min(n, TILE_COLS),))
     for i in blocks(m, TILE_ROWS):
         q_block = left[i]
         for j in blocks(n, TILE_COLS):
-            c = _tile(kept, i, j, n) if keep else _tile(scratch, i, j)
-            torch.mm(q_block, right[j].t(), out=c)
+            held = _kept_tile(kept, i, j, n)
+            c = torch.mm(q_block, right[j].t(), out=_tile(scratch, i, j) if held is None else held)
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both] = c.diagonal(offset)
@@ -259,7 +265,8 @@ def lse_backward(
         for j in blocks(n, TILE_COLS):
             k_block = right[j]
             g = _tile(scratch, i, j)
-            c = _tile(kept, i, j, n) if kept.shape[0] else torch.mm(q_block, k_block.t(), out=g)
+            held = _kept_tile(kept, i, j, n)
+            c = torch.mm(q_block, k_block.t(), out=g) if held is None else held
             epilogue.grad_tile(c, g, row[i], None if col is None else col[j], _mask(drop_diagonal, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
@@ -375,7 +382,7 @@ def row_nll(
         dq = grad_q[i] if need_q else empty
         diagonal = state.max.new_empty((rows.stop,))
         for j in blocks(n, TILE_COLS):
-            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, n))
+            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, rows.stop * j.start))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
@@ -387,7 +394,7 @@ def row_nll(
         slope = margin.sigmoid()
         row = Gradient.start(row_scale, stats, slope, need_scale)
         for j in blocks(n, TILE_COLS):
-            g = _tile(panel, rows, j, n)
+            g = _tile(panel, rows, j, rows.stop * j.start)
             epilogue.grad_tile(g, g, row, None, _mask(True, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:

@@ -7,8 +7,8 @@ row_nll              sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
 Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
-tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for the first 48 MiB of similarities,
-which are kept; row_nll 6MND; self_similarity_lse 4MMD.
+tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for the first 48 MiB of
+similarities, which are kept; row_nll 6MND; self_similarity_lse 4MMD.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ _SCHEMAS = {
 def _kernel(name: str) -> Callable[..., Any]:
     def run(first: Tensor, *args: Any) -> Any:
         kernel = getattr(implementation("contrastive", first.device), name)
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(first, *args)
         # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
         with torch.autocast(first.device.type, enabled=False):
             return kernel(first, *args)

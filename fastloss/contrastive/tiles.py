@@ -59,8 +59,13 @@ class Softmax:
         return Softmax(self.scale[part], self.max[part], self.sum[part])
 
     def stats(self) -> Tensor:
-        """(2, n): the shift and the sum of 2^(z - shift); the backward pass repeats exactly these exponentials."""
-        return torch.stack((torch.where(self.max.isinf(), 0, self.max), self.sum))
+        """(2, n): the shift, and one over the sum of 2^(z - shift), 0 for rows whose pairs are all left out.
+
+        The backward pass repeats exactly these exponentials.
+        """
+        return torch.stack(
+            (self.max.masked_fill(self.max.isinf(), 0), self.sum.reciprocal().masked_fill_(self.sum == 0, 0))
+        )
 
     def lse(self) -> Tensor:
         """Natural log-sum-exp; -inf where nothing was seen."""
@@ -86,7 +91,7 @@ class Gradient:
         return cls(
             (scale * LOG2_E).expand(n).contiguous(),
             stats[0],
-            _over_sum(upstream * scale, stats),
+            upstream * scale * stats[1],
             upstream.new_zeros((n,)) if need_dot else None,
         )
 
@@ -102,12 +107,7 @@ class Gradient:
     def scale_grad(self, upstream: Tensor, stats: Tensor) -> Tensor:
         """Gradient of the natural scale per row: upstream * E_P[c]."""
         assert self.dot is not None
-        return _over_sum(upstream * self.dot, stats)
-
-
-def _over_sum(x: Tensor, stats: Tensor) -> Tensor:
-    """x / sum, and 0 for rows whose pairs are all left out."""
-    return torch.where(stats[1] == 0, 0, x / stats[1])
+        return upstream * self.dot * stats[1]
 
 
 class Epilogue(Protocol):

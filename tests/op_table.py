@@ -51,9 +51,9 @@ def _similarity(m: int = 7, n: int = 5, d: int = 3, dtype: torch.dtype = torch.f
     return _features(m, d, dtype, 0), _features(n, d, dtype, 1), *scale, ids[:m], ids[:n].flip(0), True, True, 0
 
 
-def _row_nll(m: int = 5, n: int = 7, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def _pair_nll(m: int = 5, n: int = 7, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
     scale = torch.tensor(1.5, dtype=dtype)
-    return _features(m, d, dtype, 0), _features(n, d, dtype, 1), scale, None, None, True, True, True, True
+    return _features(m, d, dtype, 0), _features(n, d, dtype, 1), scale, None, None, True, m == n, True, True, True
 
 
 def _self(m: int = 7, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
@@ -79,11 +79,11 @@ OPS = [
         _dense_similarity,
     ),
     Op(
-        "row_nll",
-        ops._RowNll,
-        _row_nll,
+        "pair_nll",
+        ops._PairNll,
+        _pair_nll,
         (0, 1, 2),
-        lambda: _row_nll(B, B, D, torch.float32),
+        lambda: _pair_nll(B, B + 1, D, torch.float32),
         # gradients twice (found forward, scaled backward), a panel of 24 MiB (1024 rows), blocks, vectors
         lambda q, *_: 4 * q.numel() * 4 + 24 * MIB + 4 * 1536 * D * 4 + 32 * B * 4,
         lambda q, k, scale, *_: _dense_similarity(q, k, scale.expand(len(q))),

@@ -23,7 +23,7 @@ from fastloss._checks import (
     check_scalar_or_rows,
     check_size,
 )
-from fastloss.contrastive.ops import accumulation_dtype, nll, row_nll, self_similarity_lse, similarity_lse
+from fastloss.contrastive.ops import accumulation_dtype, nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def info_nce(
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, blocks of 3072 D numbers, and up to 48 MiB of similarities
-        kept for the backward pass. One direction with "sum" or "mean" and gradients of up to 32 MiB holds those
-        twice, and a panel of whole rows, at most max(32 MiB, 512 (B + M) bytes) in float32.
+        kept for the backward pass. With "sum" or "mean", gradients of up to 32 MiB (in both directions: and
+        similarities of up to 32 MiB) are found in the forward pass and held twice, with a panel of whole rows, at most
+        max(32 MiB, 512 (B + M) bytes) in float32.
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
@@ -155,8 +156,10 @@ def info_nce(
         else:
             key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
     query, positive_key = _common_dtype(query, positive_key)
-    if reduction != "none" and not symmetric and extra_negatives is None:
-        total = row_nll(query, positive_key, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize)
+    if reduction != "none" and extra_negatives is None:
+        total = pair_nll(
+            query, positive_key, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize, symmetric=symmetric
+        )
         return total if reduction == "sum" else total / b
     row, col, diagonal = similarity_lse(
         query,
@@ -245,11 +248,15 @@ def clip_loss(
     if logit_bias is not None:
         bias = check_scalar_or_rows(name, "logit_bias", logit_bias, 1, image_features, positive=False)
     image_features, text_features = _common_dtype(image_features, text_features)
-    row, col, diagonal = similarity_lse(
-        image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
-    )
-    positive = scale * diagonal
-    loss = _reduce((nll(row, positive) + nll(col, positive)) / 2, reduction)
+    if reduction == "none":
+        row, col, diagonal = similarity_lse(
+            image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
+        )
+        positive = scale * diagonal
+        loss = (nll(row, positive) + nll(col, positive)) / 2
+    else:
+        loss = pair_nll(image_features, text_features, scale, q_ids=image_ids, k_ids=text_ids, symmetric=True)
+        loss = loss if reduction == "sum" else loss / b
     if bias is not None:
         loss = loss + 0 * bias.reshape(())
     return {"contrastive_loss": loss} if output_dict else loss

@@ -2,13 +2,14 @@
 
 similarity_lse       statistics of c_ij = q_i . k_j (cosines if `normalize`) in one sweep over tiles:
                      row_lse_i = log sum_j exp(row_scale_i c_ij), col_lse_j = log sum_i exp(col_scale_j c_ij), c_ii.
-row_nll              sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i c_ii) and its gradients in the forward
-                     pass: with a scalar reduction they are known but for a factor. For gradients of up to 32 MiB.
+pair_nll             sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i c_ii), or its mean with that of the
+                     columns, and its gradients in the forward pass: with a scalar reduction they are known but for a
+                     factor. For gradients of up to 32 MiB, and both directions of up to 32 MiB of similarities.
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
 Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
 tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for the first 48 MiB of
-similarities, which are kept; row_nll 6MND; self_similarity_lse 4MMD.
+similarities, which are kept; pair_nll 6MND; self_similarity_lse 4MMD.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._backends import implementation
-from fastloss.contrastive.tiles import KEEP_BYTES, WAITING_BYTES
+from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, WAITING_BYTES
 
 _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 
@@ -37,11 +38,11 @@ _SCHEMAS = {
         "bool normalize, bool drop_diagonal, bool need_q, bool need_k, bool need_scale) "
         "-> (Tensor grad_q, Tensor grad_k, Tensor grad_row_scale, Tensor grad_col_scale)"
     ),
-    "row_nll_fwd": (
-        "(Tensor q, Tensor k, Tensor scale, Tensor? q_ids, Tensor? k_ids, bool normalize, "
+    "pair_nll_fwd": (
+        "(Tensor q, Tensor k, Tensor scale, Tensor? q_ids, Tensor? k_ids, bool normalize, bool symmetric, "
         "bool need_q, bool need_k, bool need_scale) -> (Tensor total, Tensor grad_q, Tensor grad_k, Tensor grad_scale)"
     ),
-    "row_nll_bwd": (
+    "pair_nll_bwd": (
         "(Tensor grad, Tensor q, Tensor k, Tensor scale, Tensor grad_q, Tensor grad_k, Tensor grad_scale) "
         "-> (Tensor, Tensor, Tensor)"
     ),
@@ -88,8 +89,8 @@ for _name, _schema in _SCHEMAS.items():
 
 _similarity_lse = torch.ops.fastloss.similarity_lse_fwd.default
 _similarity_lse_bwd = torch.ops.fastloss.similarity_lse_bwd.default
-_row_nll = torch.ops.fastloss.row_nll_fwd.default
-_row_nll_bwd = torch.ops.fastloss.row_nll_bwd.default
+_pair_nll = torch.ops.fastloss.pair_nll_fwd.default
+_pair_nll_bwd = torch.ops.fastloss.pair_nll_bwd.default
 _self_similarity_lse = torch.ops.fastloss.self_similarity_lse_fwd.default
 _self_similarity_lse_bwd = torch.ops.fastloss.self_similarity_lse_bwd.default
 
@@ -120,8 +121,8 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("fastloss::row_nll_fwd", lib=_LIBRARY)
-def _(q, k, scale, q_ids, k_ids, normalize, need_q, need_k, need_scale):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("fastloss::pair_nll_fwd", lib=_LIBRARY)
+def _(q, k, scale, q_ids, k_ids, normalize, symmetric, need_q, need_k, need_scale):  # type: ignore[no-untyped-def]
     return (
         scale.new_empty(()),
         scale.new_empty(q.shape if need_q else (0,)),
@@ -130,7 +131,7 @@ def _(q, k, scale, q_ids, k_ids, normalize, need_q, need_k, need_scale):  # type
     )
 
 
-@torch.library.register_fake("fastloss::row_nll_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::pair_nll_bwd", lib=_LIBRARY)
 def _(grad, q, k, scale, grad_q, grad_k, grad_scale):  # type: ignore[no-untyped-def]
     return (
         torch.empty_like(grad_q, dtype=q.dtype),
@@ -219,12 +220,12 @@ class _SimilarityLse(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _RowNll(torch.autograd.Function):
+class _PairNll(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _row_nll(*args)
+        return _pair_nll(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -234,15 +235,15 @@ class _RowNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         scale = ctx.saved_tensors[2]
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-        grad_q, grad_k, per_row = _once(_row_nll_bwd, grad, *ctx.saved_tensors)
+        grad_q, grad_k, per_row = _once(_pair_nll_bwd, grad, *ctx.saved_tensors)
         return (
             grad_q if need_q else None,
             grad_k if need_k else None,
             (per_row if scale.dim() else per_row.sum()) if need_scale else None,
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -302,7 +303,7 @@ def similarity_lse(
     return row_lse, col_lse, diagonal
 
 
-def row_nll(
+def pair_nll(
     q: Tensor,  # (M, D)
     k: Tensor,  # (N, D), N >= M, the dtype of q
     scale: Tensor,  # () or (M,), accumulation dtype
@@ -310,18 +311,31 @@ def row_nll(
     q_ids: Tensor | None = None,  # (M,) int64
     k_ids: Tensor | None = None,  # (N,) int64
     normalize: bool = False,
+    symmetric: bool = False,  # the mean of both directions; N = M
 ) -> Tensor:
     """() in the accumulation dtype; see the module's docstring."""
     needs = _needs_grad(q, k, scale)
-    waiting = (needs[0] * q.numel() + needs[1] * k.numel()) * (8 if q.dtype == torch.float64 else 4)
-    if any(needs) and waiting <= WAITING_BYTES:
+    size = 8 if q.dtype == torch.float64 else 4
+    fits = (needs[0] * q.numel() + needs[1] * k.numel()) * size <= WAITING_BYTES
+    if symmetric:
+        fits = fits and q.shape[0] * k.shape[0] * size <= PANEL_BYTES
+    if any(needs) and fits:
         k, k_ids = _distinct(k, q), _distinct(k_ids, q_ids)
-        total: Tensor = _RowNll.apply(q, k, scale, q_ids, k_ids, normalize, *needs)[0]
+        total: Tensor = _PairNll.apply(q, k, scale, q_ids, k_ids, normalize, symmetric, *needs)[0]
         return total
-    row_lse, _, diagonal = similarity_lse(
-        q, k, scale, q_ids=q_ids, k_ids=k_ids, normalize=normalize, drop_diagonal=True
+    row_lse, col_lse, diagonal = similarity_lse(
+        q,
+        k,
+        scale,
+        scale if symmetric else None,
+        q_ids=q_ids,
+        k_ids=k_ids,
+        normalize=normalize,
+        drop_diagonal=True,
     )
-    return nll(row_lse, scale * diagonal).sum()
+    positive = scale * diagonal
+    loss = nll(row_lse, positive)
+    return ((loss + nll(col_lse, positive)) / 2 if symmetric else loss).sum()
 
 
 def nll(negatives: Tensor, positive: Tensor) -> Tensor:

@@ -70,5 +70,5 @@ similarity_lse_fwd = partial(tiles.lse_forward, _epilogue)
 similarity_lse_bwd = partial(tiles.lse_backward, _epilogue)
 self_similarity_lse_fwd = partial(tiles.self_lse_forward, _epilogue)
 self_similarity_lse_bwd = partial(tiles.self_lse_backward, _epilogue)
-row_nll_fwd = partial(tiles.row_nll, _epilogue)
-row_nll_bwd = tiles.row_nll_backward
+pair_nll_fwd = partial(tiles.pair_nll, _epilogue)
+pair_nll_bwd = tiles.pair_nll_backward

@@ -349,7 +349,7 @@ def self_lse_backward(
     return total.to(x.dtype) if need_x else total, grad_scale
 
 
-def row_nll(
+def pair_nll(
     epilogue: Epilogue,
     q: Tensor,  # (M, D)
     k: Tensor,  # (N, D), N >= M
@@ -357,19 +357,23 @@ def row_nll(
     q_ids: Tensor | None,
     k_ids: Tensor | None,
     normalize: bool,
+    symmetric: bool,  # then N = M, and one panel holds the whole matrix
     need_q: bool,
     need_k: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep.
 
-    The gradients are in the accumulation dtype: a loss scale may still multiply them.
+    If symmetric, the mean of that and of the same for the columns, column i with scale_i. The gradients are in the
+    accumulation dtype: a loss scale may still multiply them.
     """
     m, n = q.shape[0], k.shape[0]
-    height = max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
+    height = max(m, 1) if symmetric else max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
     left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
     dtype = left.dtype
     state = Softmax.start(scale, m)
+    columns = Softmax.start(scale, n) if symmetric else None
+    share = 0.5 if symmetric else 1.0
     empty = state.max.new_empty((0,))
     total = state.max.new_zeros(())
     grad_q = torch.empty(q.shape if need_q else (0,), dtype=dtype, device=q.device)
@@ -386,26 +390,31 @@ def row_nll(
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
-            epilogue.lse_tile(c, state[i], None, _mask(True, i, j, q_ids, k_ids))
-        lse, stats = state[i].lse(), state[i].stats()
+            epilogue.lse_tile(c, state[i], columns and columns[j], _mask(True, i, j, q_ids, k_ids))
         row_scale = scale if scale.dim() == 0 else scale[i]
-        margin = lse - row_scale * diagonal
-        total += torch.nn.functional.softplus(margin, threshold=40).sum()
-        slope = margin.sigmoid()
-        row = Gradient.start(row_scale, stats, slope, need_scale)
+        positive = row_scale * diagonal
+        gradients, slope = [], torch.zeros_like(diagonal)
+        for softmax in (state[i],) if columns is None else (state[i], columns):
+            margin = softmax.lse() - positive
+            total += share * torch.nn.functional.softplus(margin, threshold=40).sum()
+            upstream, stats = share * margin.sigmoid(), softmax.stats()
+            slope += upstream
+            gradients.append((Gradient.start(row_scale, stats, upstream, need_scale), upstream, stats))
+        row, col = gradients[0][0], gradients[1][0] if symmetric else None
+        weight = slope * row_scale
         for j in blocks(n, TILE_COLS):
             g = _tile(panel, rows, j, rows.stop * j.start)
-            epilogue.grad_tile(g, g, row, None, _mask(True, i, j, q_ids, k_ids))
+            epilogue.grad_tile(g, g, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
-                part = slice(both.start - i.start, both.stop - i.start)
-                g.diagonal(offset).sub_((slope * row_scale)[part])
+                g.diagonal(offset).sub_(weight[both.start - i.start : both.stop - i.start])
             if need_q:
                 torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
             if need_k:
                 grad_k[j].addmm_(g.t(), q_block)
         if need_scale:
-            grad_scale[i] = row.scale_grad(slope, stats) - slope * diagonal
+            expected = [direction.scale_grad(upstream, stats) for direction, upstream, stats in gradients]
+            grad_scale[i] = sum(expected) - slope * diagonal
         if need_q:
             left.finish(dq, i, q_block)
     if need_k:
@@ -414,7 +423,7 @@ def row_nll(
     return total, grad_q, grad_k, grad_scale
 
 
-def row_nll_backward(
+def pair_nll_backward(
     grad: Tensor, q: Tensor, k: Tensor, scale: Tensor, grad_q: Tensor, grad_k: Tensor, grad_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients found by the forward pass times the upstream one; q, k and scale only connect the graph."""

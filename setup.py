@@ -27,8 +27,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-KERNELS = ["csrc/cpu/contrastive_kernels.cpp"]  # compiled once per instruction set
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/isa.cpp"]
+KERNELS = sorted((ROOT / "csrc/cpu").glob("*_kernels.cpp"))  # compiled once per instruction set
+SOURCES = [*sorted((ROOT / "csrc").glob("*.cpp")), ROOT / "csrc/cpu/isa.cpp"]
 
 
 def ninja_rules(output: Path) -> str:
@@ -51,15 +51,15 @@ def ninja_rules(output: Path) -> str:
     ]
     objects = []
 
-    def compile_to(name: str, source: str, extra: str) -> None:
+    def compile_to(name: str, source: Path, extra: str) -> None:
         objects.append(name)
-        lines.extend([f"build {name}: compile {quoted((ROOT / source).resolve())}", f"  extra = {extra}"])
+        lines.extend([f"build {name}: compile {quoted(source.resolve())}", f"  extra = {extra}"])
 
     for source in SOURCES:
-        compile_to(Path(source).stem + ".o", source, includes)
+        compile_to(source.stem + ".o", source, includes)
     for source in KERNELS:
         for isa, flags in ISA_FLAGS.items():
-            compile_to(f"{Path(source).stem}.{isa}.o", source, f"{KERNEL} {flags} -DFASTLOSS_ISA={isa}")
+            compile_to(f"{source.stem}.{isa}.o", source, f"{KERNEL} {flags} -DFASTLOSS_ISA={isa}")
     lines.append(f"build {quoted(output.resolve())}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

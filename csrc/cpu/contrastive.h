@@ -39,9 +39,5 @@ struct ContrastiveKernels {
                     T* row_dot, T* col_dot, T* partials, int threads);
 };
 
-// The kernels compiled for the chosen instruction set; see isa.h.
-template <class T>
-const ContrastiveKernels<T>& contrastive_kernels();
-
 }  // namespace cpu
 }  // namespace fastloss

@@ -8,10 +8,15 @@
 namespace fastloss {
 namespace cpu {
 
-#define FASTLOSS_DECLARE(isa)                                 \
-  namespace isa {                                             \
-  extern const ContrastiveKernels<float> contrastive_float;   \
-  extern const ContrastiveKernels<double> contrastive_double; \
+// Every table of kernels: its type and its name. A family adds its lines here and its header above.
+#define FASTLOSS_TABLES(X)                        \
+  X(ContrastiveKernels<float>, contrastive_float) \
+  X(ContrastiveKernels<double>, contrastive_double)
+
+#define FASTLOSS_EXTERN(type, name) extern const type name;
+#define FASTLOSS_DECLARE(isa)      \
+  namespace isa {                  \
+  FASTLOSS_TABLES(FASTLOSS_EXTERN) \
   }
 FASTLOSS_DECLARE(baseline)
 #ifdef FASTLOSS_X86
@@ -21,15 +26,24 @@ FASTLOSS_DECLARE(avx512)
 
 namespace {
 
+#define FASTLOSS_POINTER(type, name) const type* name;
 struct Isa {
   const char* name;
   bool (*present)();
-  const ContrastiveKernels<float>* contrastive_float;
-  const ContrastiveKernels<double>* contrastive_double;
+  FASTLOSS_TABLES(FASTLOSS_POINTER)
 };
 
-#define FASTLOSS_ENTRY(isa, present) \
-  {#isa, [] { return bool(present); }, &isa::contrastive_float, &isa::contrastive_double}
+// One set per instruction set: its namespace is opened to name its tables.
+#define FASTLOSS_ADDRESS(type, name) entry.name = &name;
+#define FASTLOSS_ENTRY(isa, condition)              \
+  [] {                                              \
+    using namespace isa;                            \
+    Isa entry{};                                    \
+    entry.name = #isa;                              \
+    entry.present = [] { return bool(condition); }; \
+    FASTLOSS_TABLES(FASTLOSS_ADDRESS)               \
+    return entry;                                   \
+  }()
 const Isa kIsas[] = {
 // the best first
 #ifdef FASTLOSS_X86
@@ -66,14 +80,12 @@ const char* choose_isa(const char* wanted) {
 
 const char* chosen_isa() { return chosen->name; }
 
-template <>
-const ContrastiveKernels<float>& contrastive_kernels<float>() {
-  return *chosen->contrastive_float;
-}
-template <>
-const ContrastiveKernels<double>& contrastive_kernels<double>() {
-  return *chosen->contrastive_double;
-}
+#define FASTLOSS_CHOSEN(type, name)  \
+  template <>                        \
+  const type& chosen_table<type>() { \
+    return *chosen->name;            \
+  }
+FASTLOSS_TABLES(FASTLOSS_CHOSEN)
 
 }  // namespace cpu
 }  // namespace fastloss

@@ -12,5 +12,9 @@ const char* chosen_isa();
 // Comma-separated names that choose_isa would accept here.
 const char* supported_isas();
 
+// The kernels compiled for the chosen instruction set; Table is a family's, ContrastiveKernels<float> for one.
+template <class Table>
+const Table& chosen_table();
+
 }  // namespace cpu
 }  // namespace fastloss

@@ -1,0 +1,43 @@
+#include "bind.h"
+#include "cpu/contrastive.h"
+#include "cpu/isa.h"
+
+using fastloss::Address;
+using fastloss::at;
+using fastloss::cpu::Mask;
+
+namespace {
+
+Mask mask_of(std::int64_t diagonal, Address row_ids, Address col_ids) {
+  return {diagonal, at<const std::int64_t>(row_ids), at<const std::int64_t>(col_ids)};
+}
+
+template <class T>
+void lse_tile(Address c, std::int64_t rows, std::int64_t cols, Address row_scale, Address col_scale,
+              std::int64_t diagonal, Address row_ids, Address col_ids, Address row_max, Address row_sum,
+              Address col_max, Address col_sum, Address partials, int threads) {
+  fastloss::cpu::chosen_table<fastloss::cpu::ContrastiveKernels<T>>().lse_tile(
+      at<T>(c), rows, cols, at<T>(row_scale), at<T>(col_scale), mask_of(diagonal, row_ids, col_ids), at<T>(row_max),
+      at<T>(row_sum), at<T>(col_max), at<T>(col_sum), at<T>(partials), threads);
+}
+
+template <class T>
+void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, Address row_shift,
+               Address row_weight, Address col_scale, Address col_shift, Address col_weight, std::int64_t diagonal,
+               Address row_ids, Address col_ids, Address row_dot, Address col_dot, Address partials, int threads) {
+  fastloss::cpu::chosen_table<fastloss::cpu::ContrastiveKernels<T>>().grad_tile(
+      at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_shift), at<T>(row_weight), at<T>(col_scale),
+      at<T>(col_shift), at<T>(col_weight), mask_of(diagonal, row_ids, col_ids), at<T>(row_dot), at<T>(col_dot),
+      at<T>(partials), threads);
+}
+
+}  // namespace
+
+void fastloss::bind_contrastive(pybind11::module_& m) {
+  m.attr("NO_DIAGONAL") = cpu::kNoDiagonal;
+  m.attr("CHUNK") = cpu::kChunk;
+  m.def("lse_tile_float", &lse_tile<float>, Unlocked());
+  m.def("lse_tile_double", &lse_tile<double>, Unlocked());
+  m.def("grad_tile_float", &grad_tile<float>, Unlocked());
+  m.def("grad_tile_double", &grad_tile<double>, Unlocked());
+}

@@ -73,7 +73,7 @@ FASTLOSS_INLINE void lse_block(const T* c, int64_t cols, Mask mask, int64_t i0, 
                                Scale<T> row_scale, Scale<T> col_scale, T* row_max, T* row_sum, T* col_max, T* col_sum) {
   constexpr int kN = Lanes<T>::kCount;
   const Vec<T> none = splat<T>(-kInf<T>);
-  Vec<T> top[kBlock / kN], sum[kBlock / kN];
+  Vec<T> top[kBlock / kN], col_shift[kBlock / kN], sum[kBlock / kN];
   T row_shift[kChunk];
   if (kColumns)
     for (int v = 0; v < kBlock / kN; ++v) top[v] = none, sum[v] = Vec<T>{};
@@ -95,7 +95,10 @@ FASTLOSS_INLINE void lse_block(const T* c, int64_t cols, Mask mask, int64_t i0, 
     row_max[i] = new_max;
   }
   if (kColumns)
-    for (int v = 0; v < kBlock / kN; ++v) top[v] = nearest<T>(top[v]);
+    for (int v = 0; v < kBlock / kN; ++v) {
+      top[v] = nearest<T>(top[v]);
+      col_shift[v] = magnitude_of<T>(top[v]) == kInf<T> ? Vec<T>{} : top[v];
+    }
   for (int64_t i = i0; i < i1; ++i) {
     const Vec<T> scale = splat<T>(one_scale(row_scale, i)), shift = splat<T>(row_shift[i - i0]);
     Vec<T> row_total{};
@@ -104,9 +107,8 @@ FASTLOSS_INLINE void lse_block(const T* c, int64_t cols, Mask mask, int64_t i0, 
       row_total += keep ? shifted_down<T>(e, shift) : Vec<T>{};
       if (kColumns) {
         const int64_t v = (j - begin) / kN;
-        const Vec<T> col_shift = magnitude_of<T>(top[v]) == kInf<T> ? Vec<T>{} : top[v];
         const Pow2<T> r = kShared ? e : pow2_of_product<T>(x, scales(col_scale, j, n));
-        sum[v] += keep ? shifted_down<T>(r, col_shift) : Vec<T>{};
+        sum[v] += keep ? shifted_down<T>(r, col_shift[v]) : Vec<T>{};
       }
     });
     row_sum[i] += sum_of<T>(row_total);

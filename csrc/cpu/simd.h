@@ -137,12 +137,33 @@ FASTLOSS_INLINE Vec<T> magnitude_of(Vec<T> x) {
   return x < 0 ? -x : x;
 }
 
+#ifdef __AVX512F__
+// One instruction each; results are those of the general forms below (but for subnormal powers, which those flush).
+constexpr int kCurrentRounding = 4;
+FASTLOSS_INLINE Vec<float> nearest_here(Vec<float> z) {
+  return __builtin_ia32_rndscaleps_mask(z, 8, z, uint16_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<double> nearest_here(Vec<double> z) {
+  return __builtin_ia32_rndscalepd_mask(z, 8, z, uint8_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<float> scale_here(Vec<float> x, Vec<float> e) {
+  return __builtin_ia32_scalefps512_mask(x, e, x, uint16_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<double> scale_here(Vec<double> x, Vec<double> e) {
+  return __builtin_ia32_scalefpd512_mask(x, e, x, uint8_t(-1), kCurrentRounding);
+}
+#endif
+
 // The integer nearest to z: adding kWhole leaves no fraction. Larger values have none.
 template <class T>
 FASTLOSS_INLINE Vec<T> nearest(Vec<T> z) {
+#ifdef __AVX512F__
+  return nearest_here(z);
+#else
   const Vec<T> whole = splat<T>(Lanes<T>::kWhole);
   const Vec<T> away = z < 0 ? -whole : whole;
   return magnitude_of<T>(z) < whole ? (z + away) - away : z;
+#endif
 }
 
 // 2^(x * scale). The product enters the mantissa unrounded where the processor has a fused multiply-add; exponents are
@@ -163,13 +184,17 @@ FASTLOSS_INLINE Pow2<T> pow2_of_product(Vec<T> x, Vec<T> scale) {
 // x.mantissa * 2^(x.exponent - shift). Exact zero below the smallest normal number, infinity above the largest.
 template <class T>
 FASTLOSS_INLINE Vec<T> shifted_down(Pow2<T> x, Vec<T> shift) {
+#ifdef __AVX512F__
+  return scale_here(x.mantissa, x.exponent - shift);
+#else
   using L = Lanes<T>;
   const Vec<T> low = splat<T>(L::kLowest), high = splat<T>(L::kHighest);
   Vec<T> e = x.exponent - shift;
   e = low > e ? low : e;
   e = high < e ? high : e;
   const Vec<T> biased = e + L::kRound;
-  return x.mantissa * reinterpret_cast<Vec<T>>((reinterpret_cast<Bits<T>>(biased) << L::kMantissa) + L::kOne);
+  return x.mantissa * reinterpret_cast<Vec<T> >((reinterpret_cast<Bits<T> >(biased) << L::kMantissa) + L::kOne);
+#endif
 }
 
 // 2^x for an integer x.

@@ -73,7 +73,7 @@ class Softmax:
         return Softmax(self.scale, self.max[which], self.sum[which])
 
     def stats(self) -> Tensor:
-        """(2, n) or (2, 2, n): the shift, and one over the sum of 2^(z - shift), 0 for rows whose pairs are all left out.
+        """(2, n) or (2, 2, n): the shift, and one over the sum of 2^(z - shift), 0 where all pairs are left out.
 
         The backward pass repeats exactly these exponentials.
         """

@@ -26,6 +26,10 @@ from fastloss._checks import (
 from fastloss.contrastive.ops import accumulation_dtype, nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
+# nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: with two Zen 4 cores the
+# calls saved are worth more up to about 512 rows at width 256.
+SMALL_SELF_SIMILARITY = 1 << 26
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -280,7 +284,7 @@ def nt_xent(
 
     A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
     ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed
-    once.
+    once, except in small batches, (2B)^2 D up to 2^26 and a scalar reduction, where fewer calls are faster.
 
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.
@@ -319,6 +323,18 @@ def nt_xent(
     if ids is not None:
         ids = check_ids(name, "ids", ids, (b,), "z0", z0)
     z0, z1 = _common_dtype(z0, z1)
+    if reduction != "none" and (2 * b) ** 2 * z0.shape[1] <= SMALL_SELF_SIMILARITY:
+        own = torch.arange(b, device=z0.device) if ids is None else ids
+        # Equal ids are left out but for the pair (i, i), which is (anchor, other view): also an anchor with itself.
+        total = pair_nll(
+            torch.cat((z0, z1)),
+            torch.cat((z1, z0)),
+            scale if scale.dim() == 0 else torch.cat((scale, scale)),
+            q_ids=torch.cat((own, own)),
+            k_ids=torch.cat((own, own)),
+            normalize=normalize,
+        )
+        return total if reduction == "sum" else total / (2 * b)
     within0 = self_similarity_lse(z0, scale, ids=ids, normalize=normalize)
     within1 = self_similarity_lse(z1, scale, ids=ids, normalize=normalize)
     row, col, diagonal = similarity_lse(

@@ -32,7 +32,7 @@ def z_loss(
     eps: float = 1e-12,
     gradient_overwrites_logits: bool = False,
 ) -> Tensor:
-    r"""The Z-loss: a classification loss that does not change when a row of logits is shifted or scaled up.
+    r"""The Z-loss: a classification loss that no shift and no scaling up of a row of logits changes.
 
     .. math::
         \ell = \tfrac1a \log\bigl(1 + e^{a (b - z_t)}\bigr), \qquad z_t = \frac{o_t - \mu}{\sigma + \varepsilon},
@@ -48,9 +48,9 @@ def z_loss(
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
-        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers. The
-            logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf, which
-            autograd would read again. Under torch.compile, whose graphs own their buffers, it changes nothing.
+        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
+            The logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf.
+            Not under torch.func; under torch.compile, whose graphs own their buffers, it changes nothing.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -113,9 +113,9 @@ def spherical_softmax_loss(
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
-        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers. The
-            logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf, which
-            autograd would read again. Under torch.compile, whose graphs own their buffers, it changes nothing.
+        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
+            The logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf.
+            Not under torch.func; under torch.compile, whose graphs own their buffers, it changes nothing.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -174,9 +174,9 @@ def taylor_softmax_loss(
         sample_weight: (B,) a factor for each example, differentiable; both multiply.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
-        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers. The
-            logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf, which
-            autograd would read again. Under torch.compile, whose graphs own their buffers, it changes nothing.
+        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
+            The logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf.
+            Not under torch.func; under torch.compile, whose graphs own their buffers, it changes nothing.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -232,14 +232,14 @@ def one_hot_mse_loss(
         sample_weight: (B,) a factor for each example, differentiable; both multiply.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
-        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers. The
-            logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf, which
-            autograd would read again. Under torch.compile, whose graphs own their buffers, it changes nothing.
+        gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
+            The logits are lost then, and autograd refuses whoever else has saved them. `logits` must not be a leaf.
+            Not under torch.func; under torch.compile, whose graphs own their buffers, it changes nothing.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
-        "mean" is over rows: the result is C times ``F.mse_loss(logits, one_hot)``. The loss has an absolute error of a
-        few units in the last place of sum o_k^2 + 1, also where it is close to 0; its gradient 2 (o_k - [k = t]) does not.
+        "mean" is over rows: the result is C times ``F.mse_loss(logits, one_hot)``. The error of the loss is a few units
+        in the last place of sum o_k^2 + 1, also where the loss is close to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:
@@ -284,7 +284,7 @@ def linear_z_loss(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    r"""The Z-loss of a linear layer, without its logits: a classification loss that does not change when a row of logits is shifted or scaled up.
+    r"""The Z-loss of a linear layer without its logits: no shift and no scaling up of a row of logits changes it.
 
     .. math::
         \ell = \tfrac1a \log\bigl(1 + e^{a (b - z_t)}\bigr), \qquad z_t = \frac{o_t - \mu}{\sigma + \varepsilon},
@@ -360,7 +360,7 @@ def linear_spherical_softmax_loss(
     reduction: str = "mean",
     eps: float = 1e-6,
 ) -> Tensor:
-    r"""Log-loss of the spherical softmax of a linear layer, without its logits, whose probabilities are proportional to squares of the logits.
+    r"""Log-loss of the spherical softmax of a linear layer without its logits: probabilities go as their squares.
 
     .. math::
         \ell = -\log \frac{o_t^2 + \varepsilon}{\sum_k (o_k^2 + \varepsilon)},
@@ -514,8 +514,8 @@ def linear_one_hot_mse_loss(
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
-        "mean" is over rows: the result is C times ``F.mse_loss(logits, one_hot)``. The loss has an absolute error of a
-        few units in the last place of sum o_k^2 + 1, also where it is close to 0; its gradient 2 (o_k - [k = t]) does not.
+        "mean" is over rows: the result is C times ``F.mse_loss(logits, one_hot)``. The error of the loss is a few units
+        in the last place of sum o_k^2 + 1, also where the loss is close to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:

@@ -55,9 +55,9 @@ def _kernel(name: str) -> Callable[..., Any]:
 
     def run(first: Tensor, *args: Any) -> Any:
         if forward:
-            *args, function = args
-            rows_of_weight = args[0].shape[0] if name == "linear_moments_fwd" else first.shape[1]
-            _check_classes(function, args[0] if name == "row_moments_fwd" else args[2], rows_of_weight)
+            function, args = args[-1], args[:-1]
+            linear = name == "linear_moments_fwd"
+            _check_classes(function, args[2 if linear else 0], args[0].shape[0] if linear else first.shape[1])
         kernel = getattr(implementation("spherical", first.device), name)
         if not torch.is_autocast_enabled(first.device.type):
             return kernel(first, *args)

@@ -15,6 +15,9 @@ _C = native_core()
 _MOMENTS = {torch.float32: _C.spherical_moments_float, torch.float64: _C.spherical_moments_double}
 _GRADIENT = {torch.float32: _C.spherical_gradient_float, torch.float64: _C.spherical_gradient_double}
 
+# Memory of this size is new from the system, not from the allocator's free lists; its pages are yet to be touched.
+HUGE_BYTES = 32 << 20
+
 
 def _direct(x: Tensor) -> bool:
     """Whether the kernels can read x where it is; else blocks of it are copied, in the accumulation dtype."""
@@ -22,6 +25,12 @@ def _direct(x: Tensor) -> bool:
 
 
 class _Kernels:
+    def fresh(self, like: Tensor) -> Tensor:
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if out.nbytes >= HUGE_BYTES:
+            _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+        return out
+
     def moments(self, logits: Tensor, target: Tensor, out: Rows) -> None:
         c = logits.shape[1]
         rows = len(logits) if _direct(logits) else tiles.block_rows(c, out.high.dtype)

@@ -12,6 +12,9 @@ from fastloss.spherical.tiles import Rows
 
 
 class _Blocks:
+    def fresh(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+
     def moments(self, logits: Tensor, target: Tensor, out: Rows) -> None:
         c = logits.shape[1]
         rows = tiles.block_rows(c, out.high.dtype)

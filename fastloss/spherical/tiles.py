@@ -63,6 +63,10 @@ class Rows:
 class Kernels(Protocol):
     """What a backend does with a matrix of logits (rows, C). Ignored rows have the target -1."""
 
+    def fresh(self, like: Tensor) -> Tensor:
+        """Memory for a gradient."""
+        ...
+
     def moments(self, logits: Tensor, target: Tensor, out: Rows) -> None: ...
 
     def gradient(
@@ -113,7 +117,7 @@ def row_moments_backward(
     target: Tensor,
     stats: Tensor,
 ) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    out = kernels.fresh(logits)
     _gradient(kernels, grad_mean, grad_square, grad_centred, grad_logit, logits, target, stats, out)
     return out
 

@@ -314,6 +314,9 @@ def linear_moments_backward(
     )
     if b == 0:
         return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+    if need_hidden and len(direction) < b:
+        # Under a transform of a transform nobody could see, in the forward pass, that this gradient would be wanted.
+        direction = linear_moments_forward(hidden, weight, bias, target, True)[4]
     classes = Classes(weight, bias, dtype, center)
     means, (left, left_bias) = center[0, :d], classes.left()
     factor, spike = 2 * grad_square, grad_centred + grad_logit

@@ -256,10 +256,7 @@ def test_ignore_index_can_be_a_class() -> None:
 
 @pytest.mark.parametrize("function", [*LOSSES, *LINEAR])
 def test_results_do_not_depend_on_the_number_of_threads(function: str) -> None:
-    if function in LINEAR:
-        problem = make(function, 50, 333, 16)
-    else:
-        problem = make(function, 7, 70_000)
+    problem = make(function, 50, 333, 16) if function in LINEAR else make(function, 7, 70_000)
     before = torch.get_num_threads()
     results = []
     try:

@@ -21,7 +21,7 @@ class _Blocks:
         for begin in range(0, len(logits), rows):
             part = slice(begin, begin + rows)
             x, t, o = logits[part], target[part].unsqueeze(1), out[part]
-            wide = x.to(o.high.dtype, copy=True)
+            wide = x.to(o.high.dtype, memory_format=torch.contiguous_format, copy=True)
             o.logit.copy_(wide.gather(1, t.clamp(min=0)).squeeze(1).masked_fill_(t.squeeze(1) < 0, 0))
             # The first mean only has to be near; what is left over is summed about it.
             pivot = wide[:, :1].clone()

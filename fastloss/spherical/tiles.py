@@ -102,6 +102,7 @@ def _gradient(
 ) -> None:
     if logits.shape[0] == 0:
         return
+    grad_centred = grad_centred.masked_fill(target < 0, 0)  # without a target it is constant
     shift = (grad_mean - grad_centred) / logits.shape[1]
     spike = grad_centred + grad_logit
     kernels.gradient(logits, target, stats, shift, 2 * grad_square, spike, out)
@@ -319,12 +320,13 @@ def linear_moments_backward(
         direction = linear_moments_forward(hidden, weight, bias, target, True)[4]
     classes = Classes(weight, bias, dtype, center)
     means, (left, left_bias) = center[0, :d], classes.left()
-    factor, spike = 2 * grad_square, grad_centred + grad_logit
+    grad_centred = grad_centred.masked_fill(target < 0, 0)  # without a target both are constant
+    factor, spike = 2 * grad_square, (grad_centred + grad_logit).masked_fill(target < 0, 0)
     row_blocks = list(parts(b, max(1, SCRATCH // max(d, 1))))
     if need_hidden:
         for part in row_blocks:
             t = target[part].clamp(min=0)
-            spikes, drag = spike[part].masked_fill(target[part] < 0, 0), (grad_mean - grad_centred)[part]
+            spikes, drag = spike[part], (grad_mean - grad_centred)[part]
             # spike w_t + (grad_mean - grad_centred) mean, with the weights about the mean row: no digits lost to it
             g = weight[t].to(dtype).sub_(means).sub_(left).mul_(spikes.unsqueeze(1))
             g.addr_(drag + spikes, means + left)
@@ -370,8 +372,8 @@ def _class_gradients(
     else:
         offsets = (torch.mv(h, left) + left_bias).unsqueeze(0)
     # Targets of a tile are a run of the sorted ones; ignored rows come first. Stable: sums keep the batch's order.
-    order = torch.where(spike == 0, -1, target).argsort(stable=True)
-    sorted_target = torch.where(spike == 0, -1, target)[order]
+    order = target.argsort(stable=True)
+    sorted_target = target[order]
     for part, tile, bias in classes.tiles(0 if by_gram else b):
         ends = torch.tensor([part.start, part.stop], device=hidden.device)
         first, last = torch.searchsorted(sorted_target, ends).tolist()

@@ -45,7 +45,7 @@ OPS = [
         "row_moments",
         ops._RowMoments,
         _rows,
-        (37, 70_001),
+        (37, 33_001),
         (0,),
         lambda: _rows(512, C, torch.float32),
         # the gradient; vectors of B, and doubles for each chunk of a row

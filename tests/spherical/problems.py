@@ -47,16 +47,41 @@ class Problem:
         return replace(self, options={**self.options, **options})
 
     def check(self, magnitude: float = 0.0) -> None:
-        """As accurate as the dense formula in the same dtype (16 bits: in float32), against it in float64."""
+        """As accurate as the dense formula in the same dtype (16 bits: in float32), against it in float64.
+
+        For float64, whose truth has the same dtype, the dense formula's error in float32 is taken, brought to float64
+        by the ratio of their units in the last place. The error of a linear loss is the worst of four orders of the
+        features: a logit near zero turns the rounding of one dot product into that of a whole gradient.
+        """
         dtype = next(iter(self.tensors.values())).dtype
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        double = dtype == torch.float64
         truth, truths = self(fastloss.reference, torch.float64)
-        plain, plains = self(fastloss.reference, accumulate)
+        plain, plains = self(fastloss.reference, torch.float32)
+        for seed in range(3 if "hidden" in self.tensors else 0):
+            order = torch.randperm(self.tensors["hidden"].shape[1], generator=torch.Generator().manual_seed(seed))
+            moved = {k: v[:, order] if v.dim() == 2 else v for k, v in self.tensors.items()}
+            other, others = replace(self, tensors=moved)(fastloss.reference, torch.float32)
+            plain = _further(plain, other, truth)
+            for name, g in others.items():
+                g = g[:, order.argsort()] if g.dim() == 2 else g
+                plains[name] = _further(plains[name], g, truths[name])
         loss, gradients = self(fastloss)
-        assert_as_accurate_as_torch(loss, truth, plain, magnitude=magnitude, name="loss")
+
+        def compare(name: str, actual: Tensor, exact: Tensor, baseline: Tensor) -> None:
+            if double:
+                ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+                baseline = exact + (baseline.double() - exact) * ratio
+            baseline = baseline.to(actual.dtype)
+            assert_as_accurate_as_torch(actual, exact, baseline, magnitude=magnitude, name=name)
+
+        compare("loss", loss, truth, plain)
         for name, gradient in gradients.items():
-            baseline = plains[name].to(gradient.dtype)
-            assert_as_accurate_as_torch(gradient, truths[name], baseline, magnitude=magnitude, name=name)
+            compare(name, gradient, truths[name], plains[name])
+
+
+def _further(a: Tensor, b: Tensor, truth: Tensor) -> Tensor:
+    """The one with the larger error."""
+    return a if not a.numel() or (a - truth).abs().max() >= (b - truth).abs().max() else b
 
 
 def make(

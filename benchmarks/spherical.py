@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,21 +114,6 @@ def _fastloss(name: str, description: str, backend: str, losses: Mapping[str, Lo
 
 def _compiled(op: str) -> Loss:
     return torch.compile(EAGER[op], fullgraph=True, dynamic=True)
-
-
-class _MemoryFloor(torch.autograd.Function):
-    """Reads the logits once forward, reads and writes as much once backward, and does nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return logits.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        out: Tensor = logits * grad
-        return out
 
 
 _OURS: Mapping[str, Loss] = {"z_loss": _z_loss, "linear_z_loss": _linear_z_loss}

@@ -172,8 +172,7 @@ void gradient(const T* x, int64_t x_stride, T* g, int64_t g_stride, int64_t rows
       // Before its row: g may be x.
       const T peak =
           here ? ((x[i * x_stride + target[i]] - high[i]) - low[i]) * scale[i] + (shift[i] + spike[i]) : T(0);
-      gradient_row<T, kStream>(x + i * x_stride + begin, out + begin, end - begin, high[i], low[i], shift[i],
-                               scale[i]);
+      gradient_row<T, kStream>(x + i * x_stride + begin, out + begin, end - begin, high[i], low[i], shift[i], scale[i]);
       if (here) {
         if (kStream) finish_stream();
         out[target[i]] = peak;

@@ -164,7 +164,7 @@ CASES = (
         4096,
         50_257,
         "a batch of tokens with GPT-2's vocabulary",
-        quick=Schedule(rounds=3, warmup=0, budget=12, timed=_PAIR, memory=frozenset()),
+        quick=Schedule(rounds=2, warmup=0, budget=12, timed=_PAIR, memory=frozenset()),
         full=Schedule(rounds=15, slow_rounds=5),
     ),
     _linear(

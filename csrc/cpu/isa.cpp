@@ -4,6 +4,7 @@
 #include <string>
 
 #include "contrastive.h"
+#include "sliced.h"
 
 namespace fastloss {
 namespace cpu {
@@ -11,7 +12,9 @@ namespace cpu {
 // Every table of kernels: its type and its name. A family adds its lines here and its header above.
 #define FASTLOSS_TABLES(X)                        \
   X(ContrastiveKernels<float>, contrastive_float) \
-  X(ContrastiveKernels<double>, contrastive_double)
+  X(ContrastiveKernels<double>, contrastive_double) \
+  X(SlicedKernels<float>, sliced_float) \
+  X(SlicedKernels<double>, sliced_double)
 
 #define FASTLOSS_EXTERN(type, name) extern const type name;
 #define FASTLOSS_DECLARE(isa)      \

@@ -22,8 +22,7 @@ void transport(Address x, Address y, std::int64_t slices, std::int64_t n, std::i
 }
 
 template <class T>
-void sort(Address x, std::int64_t slices, std::int64_t n, Address sorted, Address order, Address scratch,
-          int threads) {
+void sort(Address x, std::int64_t slices, std::int64_t n, Address sorted, Address order, Address scratch, int threads) {
   table<T>().sort(at<const T>(x), slices, n, at<T>(sorted), at<std::int32_t>(order), at<void>(scratch), threads);
 }
 

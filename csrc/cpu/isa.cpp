@@ -10,10 +10,10 @@ namespace fastloss {
 namespace cpu {
 
 // Every table of kernels: its type and its name. A family adds its lines here and its header above.
-#define FASTLOSS_TABLES(X)                        \
-  X(ContrastiveKernels<float>, contrastive_float) \
+#define FASTLOSS_TABLES(X)                          \
+  X(ContrastiveKernels<float>, contrastive_float)   \
   X(ContrastiveKernels<double>, contrastive_double) \
-  X(SlicedKernels<float>, sliced_float) \
+  X(SlicedKernels<float>, sliced_float)             \
   X(SlicedKernels<double>, sliced_double)
 
 #define FASTLOSS_EXTERN(type, name) extern const type name;

@@ -1,7 +1,7 @@
 // Compiled once per instruction set, with FASTLOSS_ISA naming the namespace. Everything but the two tables has
 // internal linkage: no code for a newer processor can leak into the baseline through a weak symbol.
-#include "sliced.h"
 #include "simd.h"
+#include "sliced.h"
 
 namespace {
 
@@ -196,8 +196,7 @@ void sort_row(const T* x, int64_t n, Range<T> range, T* key, int32_t* order, Buf
     for (int64_t i = 0; i < n; ++i)
       moving[low_counts[codes[i] & low_mask]++] = codes[i] >> low_bits << index_bits | uint32_t(i);
     const uint32_t index_mask = uint32_t((uint64_t(1) << index_bits) - 1);
-    for (int64_t i = 0; i < n; ++i)
-      order[high_counts[moving[i] >> index_bits]++] = int32_t(moving[i] & index_mask);
+    for (int64_t i = 0; i < n; ++i) order[high_counts[moving[i] >> index_bits]++] = int32_t(moving[i] & index_mask);
     for (int64_t i = 0; i < n; ++i) key[i] = x[order[i]];
   } else {
     T* moving = static_cast<T*>(buffers.moving);
@@ -449,8 +448,8 @@ struct Scratch {
 };
 
 template <class T, int P>
-double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const double* b, double p,
-                     const double* factor, bool want_x, bool want_y, T* f, T* g, Scratch<T> s) {
+double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const double* b, double p, const double* factor,
+                     bool want_x, bool want_y, T* f, T* g, Scratch<T> s) {
   const Range<T> range_x = range_of(x, n), range_y = range_of(y, m);
   if (range_x.nan || range_y.nan) {
     if (factor) {
@@ -477,8 +476,7 @@ double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const do
   else
     sort_row<T, false>(y, m, range_y, s.v, nullptr, s.buffers);
   const Side side_x{a, s.u_order, n, 0, 0}, side_y{b, s.v_order, m, 0, 0};
-  if (!factor)
-    return pair_merge<T, P, false>(s.u, s.v, side_x, side_y, p, 0, nullptr, nullptr, nullptr, nullptr);
+  if (!factor) return pair_merge<T, P, false>(s.u, s.v, side_x, side_y, p, 0, nullptr, nullptr, nullptr, nullptr);
   if (equal && !f && !g) {
     const double total = pair_equal<T, P, true>(s.u, s.v, n, p, *factor * p / double(n));
     if (want_x)

@@ -5,5 +5,27 @@ its inputs (call it with float64 for a reference value). None of its code is sha
 """
 
 from fastloss.reference.contrastive import clip_loss, info_nce, nt_xent
+from fastloss.reference.sliced import (
+    energy_sliced_wasserstein,
+    max_sliced_wasserstein,
+    max_sliced_wasserstein_distance,
+    sliced_gromov_wasserstein,
+    sliced_wasserstein,
+    sliced_wasserstein_distance,
+    sliced_wasserstein_matrix,
+    soft_correspondence,
+)
 
-__all__ = ["clip_loss", "info_nce", "nt_xent"]
+__all__ = [
+    "clip_loss",
+    "energy_sliced_wasserstein",
+    "info_nce",
+    "max_sliced_wasserstein",
+    "max_sliced_wasserstein_distance",
+    "nt_xent",
+    "sliced_gromov_wasserstein",
+    "sliced_wasserstein",
+    "sliced_wasserstein_distance",
+    "sliced_wasserstein_matrix",
+    "soft_correspondence",
+]

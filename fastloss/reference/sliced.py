@@ -188,7 +188,7 @@ def _costs(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, theta: Tens
     if a is None and b is None and u.shape[-1] == v.shape[-1]:
         return ((u - v).abs() ** p).mean(-1)
     u_ends, v_ends = _cumulative(a, u_order, u), _cumulative(b, v_order, v)
-    ends = torch.cat(torch.broadcast_tensors(u_ends, u_ends)[:1] + (v_ends,), -1).sort(-1)[0]
+    ends = torch.cat([u_ends, v_ends], -1).sort(-1)[0]
     mass = torch.diff(ends, dim=-1, prepend=torch.zeros_like(ends[..., :1]))
     i = torch.searchsorted(u_ends.detach(), ends.detach()).clamp(max=u.shape[-1] - 1)
     j = torch.searchsorted(v_ends.detach(), ends.detach()).clamp(max=v.shape[-1] - 1)
@@ -225,9 +225,7 @@ def _unit(theta: Tensor) -> Tensor:
     return theta / torch.where(norm == 0, 1, norm)
 
 
-def _draw(
-    x: Tensor, count: int, projections: Tensor | None, sampler: str, generator: torch.Generator | None
-) -> Tensor:
+def _draw(x: Tensor, count: int, projections: Tensor | None, sampler: str, generator: torch.Generator | None) -> Tensor:
     """(L, d) directions: those given, or unit vectors."""
     if projections is not None:
         return projections
@@ -235,7 +233,9 @@ def _draw(
     if sampler == "random":
         return _unit(torch.randn(count, d, dtype=x.dtype, generator=generator))
     if sampler == "orthogonal":
-        blocks = [torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)) for _ in range(-(-count // d))]
+        blocks = [
+            torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)) for _ in range(-(-count // d))
+        ]
         signed = [(q * torch.where(r.diagonal() < 0, -1.0, 1.0)).T for q, r in blocks]
         return torch.cat(signed)[:count].to(x.dtype)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))

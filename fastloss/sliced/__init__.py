@@ -3,17 +3,23 @@
 from fastloss.sliced.functional import (
     energy_sliced_wasserstein,
     max_sliced_wasserstein,
+    max_sliced_wasserstein_distance,
     sliced_gromov_wasserstein,
     sliced_wasserstein,
+    sliced_wasserstein_distance,
     sliced_wasserstein_matrix,
     soft_correspondence,
 )
+from fastloss.sliced.modules import SlicedWassersteinLoss
 
 __all__ = [
+    "SlicedWassersteinLoss",
     "energy_sliced_wasserstein",
     "max_sliced_wasserstein",
+    "max_sliced_wasserstein_distance",
     "sliced_gromov_wasserstein",
     "sliced_wasserstein",
+    "sliced_wasserstein_distance",
     "sliced_wasserstein_matrix",
     "soft_correspondence",
 ]

@@ -51,16 +51,16 @@ def max_sliced_wasserstein(
 ) -> Tensor:
     """The largest W_p^p over unit directions, sought from each starting direction by ascent along the sphere."""
     theta = _unit(_draw(x, n_projections, projections, "random", generator).detach())
-    points = [t.detach() if isinstance(t, Tensor) else t for t in (x, y, x_weights, y_weights)]
-    best = _costs(*points, theta, p)
+    a, b = (None if w is None else w.detach() for w in (x_weights, y_weights))
+    best = _costs(x.detach(), y.detach(), a, b, theta, p)
     step = torch.full_like(best, step_size)
     for _ in range(n_steps):
         moving = theta.clone().requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(_costs(*points, moving, p).sum(), moving)
+            (slope,) = torch.autograd.grad(_costs(x.detach(), y.detach(), a, b, moving, p).sum(), moving)
         tangent = slope - (slope * theta).sum(1, keepdim=True) * theta
         trial = _unit(theta + step[:, None] * _unit(tangent))
-        costs = _costs(*points, trial, p)
+        costs = _costs(x.detach(), y.detach(), a, b, trial, p)
         better = costs > best
         theta = torch.where(better[:, None], trial, theta)
         best = torch.where(better, costs, best)

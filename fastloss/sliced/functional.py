@@ -1,7 +1,7 @@
 """The sliced losses: checks, directions, one call of an op, a mean and a root.
 
-Every loss of the family starts from W_p^p between the projections of two clouds on L directions. The p-th root of a mean
-of zero has an infinite derivative; it is given the derivative zero, which is the right one at a minimum.
+Every loss of the family starts from W_p^p between the projections of two clouds on L directions. The p-th root of a
+mean of zero has an infinite derivative; it is given the derivative zero, which is the right one at a minimum.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import FLOATS, check_device, check_reduction
-from fastloss.sliced.ops import accumulation_dtype, sliced_costs, sliced_mean, sort_slices
+from fastloss.sliced.ops import (
+    accumulation_dtype,
+    sliced_costs,
+    sliced_mean,
+    sliced_mean_and_gradients,
+    sort_slices,
+)
 
 SAMPLERS = ("random", "orthogonal", "qmc")
 
@@ -167,11 +173,11 @@ def max_sliced_wasserstein(
     x, y, a, b, _ = _clouds(name, x, y, x_weights, y_weights)
     theta = _directions(name, x, n_projections, projections, "random", generator)
     theta = F.normalize(theta.detach().to(accumulation_dtype(x.dtype)), dim=1)
-    points = [None if t is None else t.detach() for t in (x, y)]
-    weights = [None if t is None else t.detach() for t in (a, b)]
+    fixed_x, fixed_y = x.detach(), y.detach()
+    fixed_a, fixed_b = (None if w is None else w.detach() for w in (a, b))
 
     def costs(directions: Tensor) -> Tensor:
-        return sliced_costs(points[0], points[1], directions, weights[0], weights[1], float(p))[0]
+        return sliced_costs(fixed_x, fixed_y, directions, fixed_a, fixed_b, float(p))[0]
 
     best = costs(theta)
     step = torch.full_like(best, step_size)
@@ -372,8 +378,8 @@ def sliced_gromov_wasserstein(
         \frac1L \sum_l \min_{\sigma \in \{\uparrow, \downarrow\}}
         \frac1{n^2} \sum_{ij} \bigl( (u_i - u_j)^2 - (v_{\sigma(i)} - v_{\sigma(j)})^2 \bigr)^2
 
-    with the sorted projections u, v of both clouds, matched in ascending or in descending order. The double sum is taken
-    in closed form from moments, in O(n).
+    with the sorted projections u, v of both clouds, matched in ascending or in descending order. The double sum is
+    taken in closed form from moments, in O(n).
 
     Args:
         x: (..., n, d) points, n >= 1; float64, float32, bfloat16 or float16; any strides. Differentiable.
@@ -702,39 +708,35 @@ class _Accumulated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, draw: Any, count: int, p: float, *tensors: Tensor | None) -> Tensor:
-        needs = ctx.needs_input_grad[3:]
-        given = [t for t in tensors if t is not None]
-        total = torch.zeros(len(given[0]), dtype=accumulation_dtype(given[0].dtype), device=given[0].device)
+        needs = tuple(ctx.needs_input_grad[3:])
+        x, y, a, b = tensors
+        assert x is not None
+        assert y is not None
+        total = torch.zeros(len(x), dtype=accumulation_dtype(x.dtype), device=x.device)
         sums: list[Tensor | None] = [None] * len(tensors)
         for start in range(0, count, STREAM_ROWS):
             rows = min(STREAM_ROWS, count - start)
-            theta = draw(rows)
-            leaves = [
-                None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)
-            ]
-            x, y, a, b = leaves
-            assert x is not None
-            assert y is not None
-            with torch.enable_grad():
-                mean = sliced_mean(x, y, theta, a, b, p) * (rows / count)
-            total += mean.detach()
-            wanted = [k for k, need in enumerate(needs) if need]
-            if wanted:
-                found = torch.autograd.grad(mean.sum(), [t for t in leaves if t is not None and t.requires_grad])
-                for k, g in zip(wanted, found, strict=True):
+            mean, found = sliced_mean_and_gradients(x, y, draw(rows), a, b, p, needs)
+            total.add_(mean, alpha=rows / count)
+            for k, g in enumerate(found):
+                if g is not None:
                     before = sums[k]
-                    sums[k] = g if before is None else before.add_(g)
+                    sums[k] = g.mul_(rows / count) if before is None else before.add_(g, alpha=rows / count)
         ctx.save_for_backward(*[s for s in sums if s is not None])
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fastloss: the sliced losses have no second derivative (create_graph=True was asked for). "
+                "fastloss.reference.sliced has the same losses in plain PyTorch, differentiable any number of times."
+            )
         saved = iter(ctx.saved_tensors)
         result: list[Tensor | None] = []
         for need in ctx.needs_input_grad[3:]:
             g = next(saved) if need else None
-            result.append(None if g is None else g * grad.reshape(-1, *[1] * (g.dim() - 1)).to(g.dtype))
+            result.append(None if g is None else g * grad.reshape(-1, *[1] * (g.dim() - 1)))
         return (None, None, None, *result)
 
 

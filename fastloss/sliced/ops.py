@@ -285,6 +285,15 @@ def sliced_mean(
     return result
 
 
+def sliced_mean_and_gradients(
+    x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float, needs: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The value of :func:`sliced_mean` and its gradients in x, y, a and b, where needed; not differentiable."""
+    need_x, need_y, need_a, need_b = needs
+    mean, grad_x, grad_y, _, grad_a, grad_b = _mean(x, y, theta, a, b, p, need_x, need_y, False, need_a, need_b)
+    return mean, _only((grad_x, grad_y, grad_a, grad_b), needs)
+
+
 def sliced_costs(x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:
     """(B, L) in the accumulation dtype; arguments as :func:`sliced_mean`."""
     y, b = _distinct(y, x), _distinct(b, a)

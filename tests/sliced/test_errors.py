@@ -92,6 +92,5 @@ def test_variants(
 def test_second_derivative_of_a_stream_raises() -> None:
     x = torch.randn(4, 2, requires_grad=True)
     value = fastloss.sliced_wasserstein(x, X, n_projections=3, streaming=True)
-    (first,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, x, create_graph=True)

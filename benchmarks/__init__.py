@@ -1,7 +1,7 @@
 """Benchmarks of the losses against plain PyTorch and the libraries people use today: ``python -m fastloss bench``.
 
-``harness`` measures and knows no loss; a module per family (``contrastive``, ``sliced``) names its cases and providers; ``report``
-writes the results; ``cli`` is the command line.
+``harness`` measures and knows no loss; a module per family (``contrastive``, ``sliced``) names its cases and providers;
+``report`` writes the results; ``cli`` is the command line.
 """
 
 from . import contrastive, sliced

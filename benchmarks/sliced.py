@@ -22,7 +22,7 @@ FAMILY = "sliced"
 
 
 def directions(like: Tensor, slices: int) -> Tensor:
-    """(L, d) unit vectors, the same for every provider; in float64 before they are rounded to the dtype of the points."""
+    """(L, d) unit vectors, the same for every provider and, but for rounding, every dtype."""
     generator = torch.Generator().manual_seed(1)
     theta = torch.randn(slices, like.shape[1], dtype=torch.float64, generator=generator)
     return F.normalize(theta, dim=1).float().to(like.dtype)
@@ -94,7 +94,7 @@ def _fastloss(name: str, description: str, backend: str, full_only: bool = False
     def context() -> AbstractContextManager[object]:
         return fastloss.use_backend(backend)
 
-    return Provider(name, description, {op: build for op in EAGER}, full_only=full_only, context=context)
+    return Provider(name, description, dict.fromkeys(EAGER, build), full_only=full_only, context=context)
 
 
 def _ready(loss: Loss) -> Callable[[], Loss]:
@@ -125,7 +125,7 @@ PROVIDERS = (
     Provider(
         "pot",
         "package POT, ot.sliced_wasserstein_distance, squared",
-        {op: _pot for op in EAGER},
+        dict.fromkeys(EAGER, _pot),
         {"sliced_wasserstein": _numbers(42), "weighted_sliced_wasserstein": _numbers(42)},
         slow=True,
     ),

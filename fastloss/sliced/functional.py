@@ -473,7 +473,7 @@ def soft_correspondence(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07
         learning*, 2024.
 
     Example:
-        >>> fastloss.soft_correspondence(torch.eye(2), torch.eye(2), temperature=0.01)
+        >>> fastloss.soft_correspondence(torch.eye(2), torch.eye(2), temperature=0.001)
         tensor([[1., 0.],
                 [0., 1.]])
     """
@@ -755,7 +755,7 @@ def _streamed(
     def draw(rows: int) -> Tensor:
         return _draw(rows, d, sampler, generator, dtype, x.device)
 
-    result: Tensor = _Accumulated.apply(draw, count, p, x, y, a, b)  # type: ignore[no-untyped-call]
+    result: Tensor = _Accumulated.apply(draw, count, p, x, y, a, b)
     return result
 
 

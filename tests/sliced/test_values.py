@@ -118,7 +118,7 @@ def test_soft_correspondence_is_the_dense_softmax() -> None:
     results = []
     for function in (fastloss.soft_correspondence, reference.soft_correspondence):
         out = function(*leaves, tau)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, tau])])
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, tau])])
     for g, w in zip(*results, strict=True):
         assert_equal_to_rounding(g, w, terms=2000)
 

@@ -12,6 +12,8 @@ from fastloss.sliced import (
     sliced_wasserstein,
     sliced_wasserstein_distance,
     sliced_wasserstein_matrix,
+    sliced_wasserstein_sphere,
+    sliced_wasserstein_sphere_unif,
     soft_correspondence,
 )
 
@@ -35,6 +37,8 @@ __all__ = [
     "sliced_wasserstein",
     "sliced_wasserstein_distance",
     "sliced_wasserstein_matrix",
+    "sliced_wasserstein_sphere",
+    "sliced_wasserstein_sphere_unif",
     "soft_correspondence",
     "use_backend",
 ]

@@ -13,6 +13,8 @@ from fastloss.reference.sliced import (
     sliced_wasserstein,
     sliced_wasserstein_distance,
     sliced_wasserstein_matrix,
+    sliced_wasserstein_sphere,
+    sliced_wasserstein_sphere_unif,
     soft_correspondence,
 )
 
@@ -27,5 +29,7 @@ __all__ = [
     "sliced_wasserstein",
     "sliced_wasserstein_distance",
     "sliced_wasserstein_matrix",
+    "sliced_wasserstein_sphere",
+    "sliced_wasserstein_sphere_unif",
     "soft_correspondence",
 ]

@@ -178,6 +178,87 @@ def max_sliced_wasserstein_distance(
     return (value, {"projections": theta, "projected_emds": costs}) if log else value
 
 
+def sliced_wasserstein_sphere(
+    X_s: Tensor,
+    X_t: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    n_projections: int = 50,
+    p: float = 2,
+    projections: Tensor | None = None,
+    seed: int | torch.Generator | None = None,
+    log: bool = False,
+) -> Any:
+    """(mean over planes of W_p^p between the clouds on the plane's circle of length one)^(1/p).
+
+    A shift of mass around the circle turns the circle into the line; its cost is convex and piecewise linear, so its
+    minimum is at a shift that aligns two cumulative weights: all n m of them are tried, and a turn to either side.
+    """
+    frames = _frames(X_s, n_projections, projections, seed)
+    costs = []
+    for u, v in zip(_on_circle(X_s, frames), _on_circle(X_t, frames), strict=True):
+        (u, i), (v, j) = u.sort(), v.sort()
+        weights = [torch.full_like(w, 1 / len(w)) for w in (u, v)]
+        wa = weights[0] if a is None else (a / a.sum())[i]
+        wb = weights[1] if b is None else (b / b.sum())[j]
+        ends_u, ends_v = wa.cumsum(0), wb.cumsum(0)
+        best = None
+        aligned = (ends_v[None] - ends_u[:, None]).detach().flatten()
+        for shift in torch.cat([aligned - 1, aligned, aligned + 1]):
+            levels = torch.cat([ends_u.new_zeros(1), ends_u[:-1], (ends_v - shift) % 1, ends_u.new_ones(1)]).sort()[0]
+            middle = (levels[1:] + levels[:-1]).detach() / 2
+            turn = (middle + shift).floor()
+            at_u = torch.searchsorted(ends_u.detach(), middle).clamp(max=len(u) - 1)
+            at_v = torch.searchsorted(ends_v.detach(), middle + shift - turn).clamp(max=len(v) - 1)
+            cost = (levels.diff() * (u[at_u] - v[at_v] - turn).abs() ** p).sum()
+            best = cost if best is None or cost < best else best
+        costs.append(best)
+    emds = torch.stack([c for c in costs if c is not None])
+    value = _rooted(emds.mean(), p, True)
+    return (value, {"projections": frames, "projected_emds": emds}) if log else value
+
+
+def sliced_wasserstein_sphere_unif(
+    X_s: Tensor,
+    a: Tensor | None = None,
+    n_projections: int = 50,
+    projections: Tensor | None = None,
+    seed: int | torch.Generator | None = None,
+    log: bool = False,
+) -> Any:
+    """(mean over planes of W_2^2 between the cloud on the plane's circle and the uniform distribution)^(1/2).
+
+    W_2^2 = min over shifts s of int (F^-1(q) - q - s)^2 dq, a variance, integrated atom by atom.
+    """
+    frames = _frames(X_s, n_projections, projections, seed)
+    u, order = _on_circle(X_s, frames).sort(1)
+    weights = torch.full_like(u, 1 / u.shape[1]) if a is None else (a / a.sum())[order]
+    ends = weights.cumsum(1)
+    starts = ends - weights
+    mean = (weights * u).sum(1) - 0.5
+    centred = u - mean[:, None]
+    emds = (((centred - starts) ** 3 - (centred - ends) ** 3) / 3).sum(1)
+    value = _rooted(emds.mean(), 2, True)
+    return (value, {"projections": frames, "projected_emds": emds}) if log else value
+
+
+def _frames(x: Tensor, count: int, projections: Tensor | None, seed: int | torch.Generator | None) -> Tensor:
+    """(L, d, 2) planes: orthonormal columns."""
+    if projections is not None:
+        return projections
+    generator = seed if isinstance(seed, torch.Generator) else None
+    if isinstance(seed, int):
+        generator = torch.Generator().manual_seed(seed)
+    frames: Tensor = torch.linalg.qr(torch.randn(count, x.shape[1], 2, dtype=x.dtype, generator=generator))[0]
+    return frames
+
+
+def _on_circle(x: Tensor, frames: Tensor) -> Tensor:
+    """(L, n) angles of the projections, as fractions of a turn."""
+    flat = torch.einsum("ldk,nd->lnk", frames, x)
+    return ((torch.atan2(-flat[..., 1], -flat[..., 0]) + math.pi) / (2 * math.pi)) % 1
+
+
 # ---------------------------------------------------------------- one dimension
 
 

@@ -8,6 +8,8 @@ from fastloss.sliced.functional import (
     sliced_wasserstein,
     sliced_wasserstein_distance,
     sliced_wasserstein_matrix,
+    sliced_wasserstein_sphere,
+    sliced_wasserstein_sphere_unif,
     soft_correspondence,
 )
 from fastloss.sliced.modules import SlicedWassersteinLoss
@@ -21,5 +23,7 @@ __all__ = [
     "sliced_wasserstein",
     "sliced_wasserstein_distance",
     "sliced_wasserstein_matrix",
+    "sliced_wasserstein_sphere",
+    "sliced_wasserstein_sphere_unif",
     "soft_correspondence",
 ]

@@ -12,10 +12,15 @@ from torch import Tensor
 import fastloss
 from fastloss._backends import native_core
 from fastloss.sliced import ops
-from tests.support import assert_as_accurate_as_torch, assert_equal_to_rounding
+from tests import support
+from tests.support import assert_as_accurate_as_torch
 
 reference = fastloss.reference
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_equal_to_rounding(actual: Tensor, expected: Tensor, **options: float) -> None:
+    support.assert_equal_to_rounding(actual.detach(), expected.detach(), **options)
 
 
 def generator(seed: int = 0) -> torch.Generator:

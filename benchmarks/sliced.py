@@ -141,7 +141,6 @@ def _case(name: str, rows: int, dim: int, slices: int, reason: str, weighted: bo
 
 
 _OURS = frozenset({"fastloss"})
-_PAIR = frozenset({"fastloss", "eager"})
 
 CASES = (
     _case(
@@ -180,14 +179,6 @@ CASES = (
         weighted=True,
         quick=Schedule(rounds=1, warmup=0, budget=20, timed=frozenset({"fastloss", "pot"}), memory=_OURS),
         full=Schedule(rounds=3, slow_rounds=1, budget=120),
-    ),
-    _case(
-        "sliced-100000",
-        100000,
-        128,
-        1000,
-        "projections that would take 763 MiB: what memory-flat is for",
-        full=Schedule(rounds=0),
     ),
 )
 

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &fastloss::cpu::supported_isas);
   fastloss::bind_contrastive(m);
   fastloss::bind_spherical(m);
+  fastloss::bind_sliced(m);
 }

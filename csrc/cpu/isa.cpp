@@ -4,6 +4,7 @@
 #include <string>
 
 #include "contrastive.h"
+#include "sliced.h"
 #include "spherical.h"
 
 namespace fastloss {
@@ -14,7 +15,9 @@ namespace cpu {
   X(ContrastiveKernels<float>, contrastive_float)   \
   X(ContrastiveKernels<double>, contrastive_double) \
   X(SphericalKernels<float>, spherical_float)       \
-  X(SphericalKernels<double>, spherical_double)
+  X(SphericalKernels<double>, spherical_double)     \
+  X(SlicedKernels<float>, sliced_float)             \
+  X(SlicedKernels<double>, sliced_double)
 
 #define FASTLOSS_EXTERN(type, name) extern const type name;
 #define FASTLOSS_DECLARE(isa)      \

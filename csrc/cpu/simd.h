@@ -197,6 +197,12 @@ FASTLOSS_INLINE Vec<T> shifted_down(Pow2<T> x, Vec<T> shift) {
 #endif
 }
 
+// 2^x.
+template <class T>
+FASTLOSS_INLINE Vec<T> exp2(Vec<T> x) {
+  return shifted_down<T>(pow2_of_product<T>(x, splat<T>(1)), Vec<T>{});
+}
+
 // 2^x for an integer x.
 template <class T>
 FASTLOSS_INLINE T pow2_one(T x) {

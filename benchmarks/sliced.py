@@ -14,7 +14,7 @@ from torch import Tensor
 import fastloss
 from fastloss.reference import sliced as reference
 
-from .harness import Case, Formula, Inputs, Loss, Provider, Schedule, Sizes, Suite, Unavailable
+from .harness import Case, Formula, Inputs, Loss, Provider, Schedule, Sizes, Suite, Unavailable, relative_norm_error
 
 FAMILY = "sliced"
 
@@ -182,4 +182,4 @@ CASES = (
     ),
 )
 
-SUITE = Suite(FAMILY, CASES, PROVIDERS, TRUTH, baseline="eager")
+SUITE = Suite(FAMILY, CASES, PROVIDERS, TRUTH, baseline="eager", gradient_error=relative_norm_error)

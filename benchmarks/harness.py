@@ -152,7 +152,7 @@ def relative_norm_error(value: Tensor, truth: Tensor) -> float:
 
     Where two values tie within rounding their order, and with it a few entries of the gradient, is up to the dtype.
     """
-    return ((value.double() - truth).norm() / (truth.norm().item() or 1.0)).item()
+    return float((value.double() - truth).norm() / (truth.norm().item() or 1.0))
 
 
 @dataclass(frozen=True)

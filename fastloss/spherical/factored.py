@@ -54,7 +54,7 @@ def step(
     shrink = 1 - lr * decay
     m = -lr * (hidden.T @ (2 * g_v[:, None] * hidden))
     m.diagonal().add_(shrink)
-    seen, inverse = target.unique(return_inverse=True)
+    seen, inverse = target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     sparse = hidden.new_zeros(seen.shape[0], hidden.shape[1]).index_add_(0, inverse, g_t[:, None] * hidden)
     average = sparse.sum(0) / classes
     u = state.u @ m

@@ -81,7 +81,7 @@ class FactoredOutput(nn.Module):
             hidden = hidden.detach().requires_grad_()
         if self.bias:
             hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
-        t, v, mean = _Statistics.apply(hidden, target, self)
+        t, v, mean = _Statistics.apply(hidden, target, self)  # type: ignore[no-untyped-call]
         classes = self.num_classes
         if self.loss == "z":
             loss = softplus(1 - t / (v / classes).sqrt())

@@ -76,6 +76,19 @@ def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Ten
     return torch.full((), value, dtype=dtype, device=x.device)
 
 
+def check_number(
+    function: str, name: str, value: Any, *, above: float | None = None, least: float | None = None
+) -> None:
+    """A finite Python number, greater than `above` or at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: `{name}` must be a float, got {type(value).__name__}")
+    if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
+        bound = (
+            f" and greater than {above}" if above is not None else f" and at least {least}" if least is not None else ""
+        )
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {value}")
+
+
 def check_group(function: str, group: Any) -> None:
     if group is None:
         return

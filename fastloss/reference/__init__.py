@@ -5,5 +5,27 @@ its inputs (call it with float64 for a reference value). None of its code is sha
 """
 
 from fastloss.reference.contrastive import clip_loss, info_nce, nt_xent
+from fastloss.reference.spherical import (
+    linear_one_hot_mse_loss,
+    linear_spherical_softmax_loss,
+    linear_taylor_softmax_loss,
+    linear_z_loss,
+    one_hot_mse_loss,
+    spherical_softmax_loss,
+    taylor_softmax_loss,
+    z_loss,
+)
 
-__all__ = ["clip_loss", "info_nce", "nt_xent"]
+__all__ = [
+    "clip_loss",
+    "info_nce",
+    "linear_one_hot_mse_loss",
+    "linear_spherical_softmax_loss",
+    "linear_taylor_softmax_loss",
+    "linear_z_loss",
+    "nt_xent",
+    "one_hot_mse_loss",
+    "spherical_softmax_loss",
+    "taylor_softmax_loss",
+    "z_loss",
+]

@@ -1,1 +1,23 @@
-"""Spherical family: losses that need the logits only through their sum, their sum of squares and the target's."""
+"""The spherical losses: functions of the sum, the sum of squares and the target's entry of a row of logits."""
+
+from fastloss.spherical.functional import (
+    linear_one_hot_mse_loss,
+    linear_spherical_softmax_loss,
+    linear_taylor_softmax_loss,
+    linear_z_loss,
+    one_hot_mse_loss,
+    spherical_softmax_loss,
+    taylor_softmax_loss,
+    z_loss,
+)
+
+__all__ = [
+    "linear_one_hot_mse_loss",
+    "linear_spherical_softmax_loss",
+    "linear_taylor_softmax_loss",
+    "linear_z_loss",
+    "one_hot_mse_loss",
+    "spherical_softmax_loss",
+    "taylor_softmax_loss",
+    "z_loss",
+]

@@ -4,6 +4,8 @@ from fastloss import reference
 from fastloss._backends import backends, use_backend
 from fastloss.contrastive import ClipLoss, InfoNCE, NTXentLoss, clip_loss, info_nce, nt_xent
 from fastloss.spherical import (
+    FactoredOutput,
+    FactoredSGD,
     linear_one_hot_mse_loss,
     linear_spherical_softmax_loss,
     linear_taylor_softmax_loss,
@@ -18,6 +20,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "FactoredOutput",
+    "FactoredSGD",
     "InfoNCE",
     "NTXentLoss",
     "__version__",

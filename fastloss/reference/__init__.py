@@ -5,6 +5,7 @@ its inputs (call it with float64 for a reference value). None of its code is sha
 """
 
 from fastloss.reference.contrastive import clip_loss, info_nce, nt_xent
+from fastloss.reference.factored import FactoredOutput
 from fastloss.reference.spherical import (
     linear_one_hot_mse_loss,
     linear_spherical_softmax_loss,
@@ -17,6 +18,7 @@ from fastloss.reference.spherical import (
 )
 
 __all__ = [
+    "FactoredOutput",
     "clip_loss",
     "info_nce",
     "linear_one_hot_mse_loss",

@@ -50,18 +50,20 @@ def to_dense(state: State) -> Tensor:
     return state.v @ state.u + (state.delta + state.mean)
 
 
-def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Target logits (B, K) less the mean logit, centred sum of squares of the logits (B,), mean logit (B,)."""
+def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Target logits (B, K) less the mean logit, centred sum of squares of the logits (B,), mean logit (B,).
+
+    And what the gradient to hidden needs again: the centred rows of W (B, K, d), and hidden times the Gram (B, d).
+    """
     rows = state.v[target] @ state.u + state.delta
-    square = ((hidden @ state.gram) * hidden).sum(1).clamp(min=0)
-    return (rows * hidden[:, None]).sum(2), square, hidden @ state.mean
+    product = hidden @ state.gram
+    square = (product * hidden).sum(1).clamp(min=0)
+    return (rows * hidden[:, None]).sum(2), square, hidden @ state.mean, rows, product
 
 
-def input_gradient(state: State, hidden: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
+def input_gradient(state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
     """Gradient to hidden from the gradients of the three statistics."""
-    rows = state.v[target] @ state.u + state.delta
-    dense = 2 * g_v[:, None] * (hidden @ state.gram) + g_mean[:, None] * state.mean
-    return (g_t[:, :, None] * rows).sum(1) + dense
+    return (g_t[:, :, None] * rows).sum(1) + 2 * g_v[:, None] * product + g_mean[:, None] * state.mean
 
 
 def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) -> tuple[State, int]:
@@ -78,7 +80,7 @@ def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) 
         m += hidden.T @ scaled
 
     def times_m(x: Tensor) -> Tensor:  # M = shrink I + hidden^T scaled is symmetric, of low rank in small batches
-        return shrink * x + (x @ hidden.T) @ scaled if m is None else x @ m
+        return torch.addmm(x, x @ hidden.T, scaled, beta=shrink) if m is None else x @ m
 
     seen, inverse = grads.target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     pairs = grads.g_t[:, None] * hidden[grads.owner]

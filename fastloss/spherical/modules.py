@@ -24,7 +24,8 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
         ctx.hidden, ctx.target, ctx.layer, ctx.revision = hidden.detach(), target, layer, layer._revision
-        return factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.rows, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        return t, v, mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -32,7 +33,7 @@ class _Statistics(torch.autograd.Function):
         hidden, target, layer = ctx.hidden, ctx.target, ctx.layer
         if layer._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        gradient = factored.input_gradient(layer._state(), hidden, target, g_t, g_v, g_mean)
+        gradient = factored.input_gradient(layer._state(), ctx.rows, ctx.product, g_t, g_v, g_mean)
         owner = torch.arange(len(hidden), device=hidden.device).repeat_interleave(target.shape[1])
         layer._pending.append(factored.Gradients(hidden, owner, target.flatten(), g_t.flatten(), g_v, g_mean))
         return gradient, None, None

@@ -17,6 +17,8 @@ from fastloss.sliced import (
     soft_correspondence,
 )
 from fastloss.spherical import (
+    FactoredOutput,
+    FactoredSGD,
     linear_one_hot_mse_loss,
     linear_spherical_softmax_loss,
     linear_taylor_softmax_loss,
@@ -31,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "FactoredOutput",
+    "FactoredSGD",
     "InfoNCE",
     "NTXentLoss",
     "SlicedWassersteinLoss",

@@ -5,6 +5,7 @@ its inputs (call it with float64 for a reference value). None of its code is sha
 """
 
 from fastloss.reference.contrastive import clip_loss, info_nce, nt_xent
+from fastloss.reference.factored import FactoredOutput
 from fastloss.reference.sliced import (
     energy_sliced_wasserstein,
     max_sliced_wasserstein,
@@ -29,6 +30,7 @@ from fastloss.reference.spherical import (
 )
 
 __all__ = [
+    "FactoredOutput",
     "clip_loss",
     "energy_sliced_wasserstein",
     "info_nce",

@@ -10,8 +10,11 @@ from fastloss.spherical.functional import (
     taylor_softmax_loss,
     z_loss,
 )
+from fastloss.spherical.modules import FactoredOutput, FactoredSGD
 
 __all__ = [
+    "FactoredOutput",
+    "FactoredSGD",
     "linear_one_hot_mse_loss",
     "linear_spherical_softmax_loss",
     "linear_taylor_softmax_loss",

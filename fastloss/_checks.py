@@ -71,7 +71,9 @@ def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Ten
         return result.to(device=x.device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, not math.isfinite: torch.compile traces them for a float that it made dynamic.
+    limit = torch.finfo(dtype).max
+    if not -limit <= value <= limit or (positive and value < 1 / limit):
         raise ValueError(f"{function}: `{name}` must be finite{' and positive' if positive else ''}, got {value}")
     return torch.full((), value, dtype=dtype, device=x.device)
 

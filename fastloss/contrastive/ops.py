@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._backends import implementation
-from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, WAITING_BYTES
+from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES
 
 _LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 
@@ -201,14 +201,15 @@ class _SimilarityLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        q, k, row_scale, col_scale = ctx.saved_tensors[:4]
+        saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor one time
+        q, k, row_scale, col_scale = saved[:4]
         lengths = (q.shape[0], 0 if col_scale is None else k.shape[0], torch.sym_min(q.shape[0], k.shape[0]))
         upstream = (
             row_scale.new_zeros((n,)) if grad is None else grad for grad, n in zip(grads[:3], lengths, strict=True)
         )
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
         grad_q, grad_k, per_row, per_col = _once(
-            _similarity_lse_bwd, *upstream, *ctx.saved_tensors,
+            _similarity_lse_bwd, *upstream, *saved,
             ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
         )  # fmt: skip
         return (
@@ -236,9 +237,10 @@ class _PairNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 10
-        scale = ctx.saved_tensors[2]
+        saved = ctx.saved_tensors
+        scale = saved[2]
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-        grad_q, grad_k, per_row = _once(_pair_nll_bwd, grad, *ctx.saved_tensors)
+        grad_q, grad_k, per_row = _once(_pair_nll_bwd, grad, *saved)
         return (
             grad_q if need_q else None,
             grad_k if need_k else None,
@@ -264,9 +266,10 @@ class _SelfSimilarityLse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return (None,) * 4
-        scale = ctx.saved_tensors[1]
+        saved = ctx.saved_tensors
+        scale = saved[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
-        grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
+        grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *saved, ctx.normalize, need_x, need_scale)
         return (
             grad_x if need_x else None,
             (per_row if scale.dim() else per_row.sum()) if need_scale else None,
@@ -319,6 +322,8 @@ def pair_nll(
     fits = (needs[0] * q.numel() + needs[1] * k.numel()) * size <= WAITING_BYTES
     if symmetric:
         fits = fits and q.shape[0] * k.shape[0] * size <= PANEL_BYTES
+    else:
+        fits = fits and PANEL_ROWS * k.shape[0] * size <= PANEL_BYTES
     if any(needs) and fits:
         k, k_ids = _distinct(k, q), _distinct(k_ids, q_ids)
         total: Tensor = _PairNll.apply(q, k, scale, q_ids, k_ids, normalize, symmetric, *needs)[0]

@@ -23,7 +23,8 @@ from fastloss._checks import (
     check_scalar_or_rows,
     check_size,
 )
-from fastloss.contrastive.ops import accumulation_dtype, nll, pair_nll, self_similarity_lse, similarity_lse
+from fastloss._ops import accumulation_dtype
+from fastloss.contrastive.ops import nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
 # nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: with two Zen 4 cores the

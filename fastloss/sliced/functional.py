@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import FLOATS, check_device, check_reduction
+from fastloss._ops import accumulation_dtype, no_second_derivative
 from fastloss.sliced.ops import (
-    accumulation_dtype,
     sliced_costs,
     sliced_mean,
     sliced_mean_and_gradients,
@@ -923,10 +923,7 @@ class _Accumulated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastloss: the sliced losses have no second derivative (create_graph=True was asked for). "
-                "fastloss.reference.sliced has the same losses in plain PyTorch, differentiable any number of times."
-            )
+            raise no_second_derivative("sliced")
         saved = iter(ctx.saved_tensors)
         result: list[Tensor | None] = []
         for need in ctx.needs_input_grad[3:]:

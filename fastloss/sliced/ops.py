@@ -14,15 +14,13 @@ All are differentiable once, in the points, the directions and the weights. Work
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastloss._backends import implementation
+from fastloss._ops import LIBRARY, accumulation_dtype, batch, define, distinct, needs_grad, once, runner, save_unseen
 
-_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 WAITING_BYTES = 32 << 20
 
 _NEEDS = "bool need_x, bool need_y, bool need_theta, bool need_a, bool need_b"
@@ -47,37 +45,7 @@ _SCHEMAS = {
 }
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    def run(first: Tensor, *args: Any) -> Any:
-        kernel = getattr(implementation("sliced", first.device), name)
-        if not torch.is_autocast_enabled(first.device.type):
-            return kernel(first, *args)
-        # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
-        with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args)
-
-    return run
-
-
-def _loop_over_batch(op: Any) -> Callable[..., Any]:
-    """vmap rule: one call an element; each is a large problem of its own."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        calls = [
-            op(*(x if dim is None else x.select(dim, b) for x, dim in zip(args, in_dims, strict=True)))
-            for b in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-    return rule
-
-
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    for _key in ("CPU", "CUDA", "XPU", "MPS"):
-        _LIBRARY.impl(_name, _kernel(_name), _key)
+define("sliced", _SCHEMAS)
 
 _mean = torch.ops.fastloss.sliced_mean_fwd.default
 _mean_bwd = torch.ops.fastloss.sliced_mean_bwd.default
@@ -87,15 +55,11 @@ _sort = torch.ops.fastloss.sort_slices_fwd.default
 _sort_bwd = torch.ops.fastloss.sort_slices_bwd.default
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _like(x: Tensor, shape: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or accumulation_dtype(x.dtype), device=x.device)
 
 
-@torch.library.register_fake("fastloss::sliced_mean_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sliced_mean_fwd", lib=LIBRARY)
 def _(x, y, theta, a, b, p, need_x, need_y, need_theta, need_a, need_b):  # type: ignore[no-untyped-def]
     return (
         _like(theta, (x.shape[0],)),
@@ -107,7 +71,7 @@ def _(x, y, theta, a, b, p, need_x, need_y, need_theta, need_a, need_b):  # type
     )
 
 
-@torch.library.register_fake("fastloss::sliced_mean_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sliced_mean_bwd", lib=LIBRARY)
 def _(grad, x, y, theta, grad_x, grad_y, grad_theta, grad_a, grad_b):  # type: ignore[no-untyped-def]
     return (
         _like(x, grad_x.shape, x.dtype),
@@ -118,12 +82,12 @@ def _(grad, x, y, theta, grad_x, grad_y, grad_theta, grad_a, grad_b):  # type: i
     )
 
 
-@torch.library.register_fake("fastloss::sliced_costs_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sliced_costs_fwd", lib=LIBRARY)
 def _(x, y, theta, a, b, p):  # type: ignore[no-untyped-def]
     return _like(theta, (x.shape[0], theta.shape[0]))
 
 
-@torch.library.register_fake("fastloss::sliced_costs_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sliced_costs_bwd", lib=LIBRARY)
 def _(  # type: ignore[no-untyped-def]
     grad, x, y, theta, a, b, p, need_x, need_y, need_theta, need_a, need_b
 ):
@@ -136,51 +100,18 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("fastloss::sort_slices_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sort_slices_fwd", lib=LIBRARY)
 def _(x, theta):  # type: ignore[no-untyped-def]
     shape = (theta.shape[0], x.shape[0])
     return _like(x, shape), _like(x, shape, torch.int32)
 
 
-@torch.library.register_fake("fastloss::sort_slices_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::sort_slices_bwd", lib=LIBRARY)
 def _(grad, x, theta, order, need_x, need_theta):  # type: ignore[no-untyped-def]
     return (
         _like(x, x.shape if need_x else (0,), x.dtype),
         _like(theta, theta.shape if need_theta else (0,), theta.dtype),
     )
-
-
-class _Once(torch.autograd.Function):
-    """Runs a backward op so that asking for its derivative is an error, never a silently missing term."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fastloss: the sliced losses have no second derivative (create_graph=True was asked for). "
-            "fastloss.reference.sliced has the same losses in plain PyTorch, differentiable any number of times."
-        )
-
-
-def _once(op: Any, *args: Any) -> Any:
-    # Autograd enables gradients here only for create_graph=True (and torch.func always).
-    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
-
-
-def _save_unseen(ctx: Any, outputs: tuple[Tensor, ...]) -> None:
-    """Outputs that only the backward pass reads: autograd must not make gradients of zeros of their size."""
-    ctx.mark_non_differentiable(*outputs)
-    if not torch.compiler.is_compiling():  # Dynamo does not know the method; its graph drops unused zeros
-        ctx.set_materialize_grads(False)
 
 
 def _only(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -196,14 +127,14 @@ class _SlicedMean(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save_unseen(ctx, output[1:])
+        save_unseen(ctx, output[1:])
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 11
-        grads = _once(_mean_bwd, grad, *ctx.saved_tensors)
+        grads = once("sliced", _mean_bwd, grad, *ctx.saved_tensors)
         return (*_only(grads, ctx.needs_input_grad[:5]), None, None, None, None, None, None)
 
 
@@ -222,7 +153,7 @@ class _SlicedCosts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs = ctx.needs_input_grad[:5]
-        grads = _once(_costs_bwd, grad, *ctx.saved_tensors, ctx.p, *needs)
+        grads = once("sliced", _costs_bwd, grad, *ctx.saved_tensors, ctx.p, *needs)
         return (*_only(grads, needs), None)
 
 
@@ -235,7 +166,7 @@ class _SortSlices(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save_unseen(ctx, output[1:])
+        save_unseen(ctx, output[1:])
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
@@ -243,27 +174,10 @@ class _SortSlices(torch.autograd.Function):
         if grad is None:
             return None, None
         needs = ctx.needs_input_grad[:2]
-        return tuple(_only(_once(_sort_bwd, grad, *ctx.saved_tensors, *needs), needs))
+        return tuple(_only(once("sliced", _sort_bwd, grad, *ctx.saved_tensors, *needs), needs))
 
 
-for _name in _SCHEMAS:
-    torch.library.register_vmap(
-        f"fastloss::{_name}", _loop_over_batch(getattr(torch.ops.fastloss, _name).default), lib=_LIBRARY
-    )
-
-
-def _needs_grad(*tensors: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-
-
-def _run(function: type[torch.autograd.Function], grad: bool) -> Callable[..., Any]:
-    """What to call. Dynamo fails on a Function without a gradient; elsewhere an outer transform may still want one."""
-    return function.apply if grad or not torch.compiler.is_compiling() else function.forward
-
-
-def _distinct(x: Tensor | None, other: Tensor | None) -> Any:
-    """A view of x if it is `other`: Dynamo does not trace a Function that gets one tensor twice."""
-    return x.view_as(x) if x is not None and x is other else x
+batch(_SCHEMAS)
 
 
 def sliced_mean(
@@ -275,13 +189,13 @@ def sliced_mean(
     p: float,
 ) -> Tensor:
     """(B,) in the accumulation dtype; see the module's docstring."""
-    y, b = _distinct(y, x), _distinct(b, a)
-    needs = _needs_grad(x, y, theta, a, b)
+    y, b = distinct(y, x), distinct(b, a)
+    needs = needs_grad(x, y, theta, a, b)
     size = 8 if x.dtype == torch.float64 else 4
     elements = x.numel() * needs[0] + y.numel() * needs[1] + len(x) * theta.numel() * needs[2]
     if any(needs) and elements * size > WAITING_BYTES:
         return sliced_costs(x, y, theta, a, b, p).mean(1)
-    result: Tensor = _run(_SlicedMean, any(needs))(x, y, theta, a, b, p, *needs)[0]
+    result: Tensor = runner(_SlicedMean, any(needs))(x, y, theta, a, b, p, *needs)[0]
     return result
 
 
@@ -296,12 +210,12 @@ def sliced_mean_and_gradients(
 
 def sliced_costs(x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:
     """(B, L) in the accumulation dtype; arguments as :func:`sliced_mean`."""
-    y, b = _distinct(y, x), _distinct(b, a)
-    result: Tensor = _run(_SlicedCosts, any(_needs_grad(x, y, theta, a, b)))(x, y, theta, a, b, p)
+    y, b = distinct(y, x), distinct(b, a)
+    result: Tensor = runner(_SlicedCosts, any(needs_grad(x, y, theta, a, b)))(x, y, theta, a, b, p)
     return result
 
 
 def sort_slices(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted projections (L, n) of x (n, d), in the accumulation dtype, and their order (L, n) as int32."""
-    values, order = _run(_SortSlices, any(_needs_grad(x, theta)))(x, theta)
+    values, order = runner(_SortSlices, any(needs_grad(x, theta)))(x, theta)
     return values, order

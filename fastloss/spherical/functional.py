@@ -128,13 +128,8 @@ def spherical_softmax_loss(
             unknown `reduction`, a leaf to overwrite.
         RuntimeError: a second derivative is asked for, or overwritten logits are used in a backward pass.
 
-    Memory:
-        O(B) beyond the gradient, which has the shape of the logits; 16-bit or strided logits pass through blocks of 2
-        MiB. The logits are read once in the forward pass, and once in the backward pass, which writes the gradient
-        once.
-
-    Determinism:
-        The result does not depend on the number of threads.
+    Memory, determinism:
+        As :func:`z_loss`.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very
@@ -189,13 +184,8 @@ def taylor_softmax_loss(
             unknown `reduction`, a leaf to overwrite.
         RuntimeError: a second derivative is asked for, or overwritten logits are used in a backward pass.
 
-    Memory:
-        O(B) beyond the gradient, which has the shape of the logits; 16-bit or strided logits pass through blocks of 2
-        MiB. The logits are read once in the forward pass, and once in the backward pass, which writes the gradient
-        once.
-
-    Determinism:
-        The result does not depend on the number of threads.
+    Memory, determinism:
+        As :func:`z_loss`.
 
     Source:
         de Brébisson and Vincent, *An exploration of softmax alternatives belonging to the spherical loss family*, 2016.
@@ -248,13 +238,8 @@ def one_hot_mse_loss(
             unknown `reduction`, a leaf to overwrite.
         RuntimeError: a second derivative is asked for, or overwritten logits are used in a backward pass.
 
-    Memory:
-        O(B) beyond the gradient, which has the shape of the logits; 16-bit or strided logits pass through blocks of 2
-        MiB. The logits are read once in the forward pass, and once in the backward pass, which writes the gradient
-        once.
-
-    Determinism:
-        The result does not depend on the number of threads.
+    Memory, determinism:
+        As :func:`z_loss`.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very
@@ -388,20 +373,8 @@ def linear_spherical_softmax_loss(
             unknown `reduction`.
         RuntimeError: a second derivative is asked for.
 
-    Memory:
-        No (B, C) tensor. Beyond inputs and gradients: (B, D) numbers kept for the backward pass, a tile of 4 MiB, up
-        to four more blocks of 4 MiB, two (D, D) matrices, and O(B + C + D). 16-bit inputs: a (B, D) copy in float32.
-
-    Routes:
-        With W and b centred about their means (so that a shift of all logits costs no digits), T = W - mean, the sum of
-        squares about the mean is |T h|^2. Two orders of the same products give it and its gradients; the fewer flops
-        run. Forward: the logits T h, tile by tile, 4BCD flops (2BCD if `hidden` needs no gradient), or the Gram matrix
-        T^T T once, 1.25 CD^2 for D >= 256 and 2CD^2 below. Backward: T H^T again, 4BCD, or T (H^T diag H), 2CD^2. So
-        batches beyond about D / 2 rows take the Gram route, and cost what D / 2 rows cost. Rows in which the Gram
-        route loses 8 bits or more to cancellation, |T h|^2 < |T^T T| |h|^2 / 256, are found and done by logits.
-
-    Determinism:
-        The result does not depend on the number of threads as far as the BLAS library's products do not.
+    Memory, routes, determinism:
+        As :func:`linear_z_loss`.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very
@@ -457,20 +430,8 @@ def linear_taylor_softmax_loss(
             unknown `reduction`.
         RuntimeError: a second derivative is asked for.
 
-    Memory:
-        No (B, C) tensor. Beyond inputs and gradients: (B, D) numbers kept for the backward pass, a tile of 4 MiB, up
-        to four more blocks of 4 MiB, two (D, D) matrices, and O(B + C + D). 16-bit inputs: a (B, D) copy in float32.
-
-    Routes:
-        With W and b centred about their means (so that a shift of all logits costs no digits), T = W - mean, the sum of
-        squares about the mean is |T h|^2. Two orders of the same products give it and its gradients; the fewer flops
-        run. Forward: the logits T h, tile by tile, 4BCD flops (2BCD if `hidden` needs no gradient), or the Gram matrix
-        T^T T once, 1.25 CD^2 for D >= 256 and 2CD^2 below. Backward: T H^T again, 4BCD, or T (H^T diag H), 2CD^2. So
-        batches beyond about D / 2 rows take the Gram route, and cost what D / 2 rows cost. Rows in which the Gram
-        route loses 8 bits or more to cancellation, |T h|^2 < |T^T T| |h|^2 / 256, are found and done by logits.
-
-    Determinism:
-        The result does not depend on the number of threads as far as the BLAS library's products do not.
+    Memory, routes, determinism:
+        As :func:`linear_z_loss`.
 
     Source:
         de Brébisson and Vincent, *An exploration of softmax alternatives belonging to the spherical loss family*, 2016.
@@ -524,20 +485,8 @@ def linear_one_hot_mse_loss(
             unknown `reduction`.
         RuntimeError: a second derivative is asked for.
 
-    Memory:
-        No (B, C) tensor. Beyond inputs and gradients: (B, D) numbers kept for the backward pass, a tile of 4 MiB, up
-        to four more blocks of 4 MiB, two (D, D) matrices, and O(B + C + D). 16-bit inputs: a (B, D) copy in float32.
-
-    Routes:
-        With W and b centred about their means (so that a shift of all logits costs no digits), T = W - mean, the sum of
-        squares about the mean is |T h|^2. Two orders of the same products give it and its gradients; the fewer flops
-        run. Forward: the logits T h, tile by tile, 4BCD flops (2BCD if `hidden` needs no gradient), or the Gram matrix
-        T^T T once, 1.25 CD^2 for D >= 256 and 2CD^2 below. Backward: T H^T again, 4BCD, or T (H^T diag H), 2CD^2. So
-        batches beyond about D / 2 rows take the Gram route, and cost what D / 2 rows cost. Rows in which the Gram
-        route loses 8 bits or more to cancellation, |T h|^2 < |T^T T| |h|^2 / 256, are found and done by logits.
-
-    Determinism:
-        The result does not depend on the number of threads as far as the BLAS library's products do not.
+    Memory, routes, determinism:
+        As :func:`linear_z_loss`.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very

@@ -10,16 +10,13 @@ hidden, weight and bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastloss._backends import implementation
+from fastloss._ops import LIBRARY, batch, define, needs_grad, once, runner, save_unseen
 from fastloss.spherical.tiles import accumulation_dtype
-
-_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 
 _SCHEMAS = {
     "row_moments_fwd": (
@@ -50,22 +47,16 @@ _IN_PLACE_SCHEMAS = {
 }
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    forward = name.endswith("_fwd")
-
-    def run(first: Tensor, *args: Any) -> Any:
-        if forward:
-            function, args = args[-1], args[:-1]
-            linear = name == "linear_moments_fwd"
-            _check_classes(function, args[2 if linear else 0], args[0].shape[0] if linear else first.shape[1])
-        kernel = getattr(implementation("spherical", first.device), name)
-        if not torch.is_autocast_enabled(first.device.type):
-            return kernel(first, *args)
-        # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
-        with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args)
-
-    return run
+def _checked(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward ops check the targets; the last argument names the function in the message."""
+    if not name.endswith("_fwd"):
+        return args
+    *rest, function = args
+    if name == "linear_moments_fwd":
+        _check_classes(function, target=rest[3], classes=rest[1].shape[0])
+    else:
+        _check_classes(function, target=rest[1], classes=rest[0].shape[1])
+    return tuple(rest)
 
 
 def _check_classes(function: str, target: Tensor, classes: int) -> None:
@@ -85,25 +76,7 @@ def class_ids(target: Tensor, ignore_index: int) -> Tensor:
     return torch.where(target == ignore_index, -1, torch.where(target < 0, target - 1, target))
 
 
-def _loop_over_batch(op: Any) -> Callable[..., Any]:
-    """vmap rule: one call an element; each is a large problem of its own."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        calls = [
-            op(*(x if dim is None else x.select(dim, b) for x, dim in zip(args, in_dims, strict=True)))
-            for b in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-    return rule
-
-
-for _name, _schema in (_SCHEMAS | _IN_PLACE_SCHEMAS).items():
-    _LIBRARY.define(_name + _schema)
-    for _key in ("CPU", "CUDA", "XPU", "MPS"):
-        _LIBRARY.impl(_name, _kernel(_name), _key)
+define("spherical", _SCHEMAS | _IN_PLACE_SCHEMAS, _checked)
 
 _row_moments = torch.ops.fastloss.row_moments_fwd.default
 _row_moments_bwd = torch.ops.fastloss.row_moments_bwd.default
@@ -112,30 +85,30 @@ _linear_moments = torch.ops.fastloss.linear_moments_fwd.default
 _linear_moments_bwd = torch.ops.fastloss.linear_moments_bwd.default
 
 
-@torch.library.register_fake("fastloss::row_moments_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::row_moments_fwd", lib=LIBRARY)
 def _(logits, target, function):  # type: ignore[no-untyped-def]
     b, dtype = logits.shape[0], accumulation_dtype(logits)
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in ((b,), (b,), (b,), (b,), (2, b)))
 
 
-@torch.library.register_fake("fastloss::row_moments_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::row_moments_bwd", lib=LIBRARY)
 def _(grad_mean, grad_square, grad_centred, grad_logit, logits, target, stats):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fastloss::row_moments_bwd_", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::row_moments_bwd_", lib=LIBRARY)
 def _(grad_mean, grad_square, grad_centred, grad_logit, logits, target, stats):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("fastloss::linear_moments_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::linear_moments_fwd", lib=LIBRARY)
 def _(hidden, weight, bias, target, need_hidden, function):  # type: ignore[no-untyped-def]
     (b, d), dtype = hidden.shape, accumulation_dtype(hidden, weight, bias)
     shapes = ((b,), (b,), (b,), (b,), (b if need_hidden else 0, d), (2, d + 1))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake("fastloss::linear_moments_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::linear_moments_bwd", lib=LIBRARY)
 def _(  # type: ignore[no-untyped-def]
     grad_mean, grad_square, grad_centred, grad_logit, hidden, weight, bias, target, direction, center,
     need_hidden, need_weight, need_bias,
@@ -145,39 +118,6 @@ def _(  # type: ignore[no-untyped-def]
         weight.new_empty(weight.shape if need_weight else (0,)),
         (weight if bias is None else bias).new_empty((weight.shape[0] if need_bias else 0,)),
     )
-
-
-class _Once(torch.autograd.Function):
-    """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fastloss: the spherical losses have no second derivative (create_graph=True was asked for). "
-            "fastloss.reference.spherical has the same losses in plain PyTorch, differentiable any number of times."
-        )
-
-
-def _once(op: Any, *args: Any) -> Any:
-    # Autograd enables gradients here only for create_graph=True (and torch.func always).
-    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
-
-
-def _save_unseen(ctx: Any, outputs: tuple[Tensor, ...]) -> None:
-    """Outputs that only the backward pass reads: autograd must not make gradients of zeros of their size."""
-    ctx.mark_non_differentiable(*outputs)
-    if not torch.compiler.is_compiling():  # Dynamo does not know the method; its graph drops unused zeros
-        ctx.set_materialize_grads(False)
 
 
 def _upstream(grads: tuple[Tensor | None, ...], stats: Tensor, rows: Any) -> list[Tensor]:
@@ -194,14 +134,14 @@ class _RowMoments(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save_unseen(ctx, output[4:])
+        save_unseen(ctx, output[4:])
         ctx.save_for_backward(inputs[0], inputs[1], output[4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         logits, target, stats = ctx.saved_tensors
         upstream = _upstream(grads[:4], stats, logits.shape[0])
-        return _once(_row_moments_bwd, *upstream, logits, target, stats), None, None
+        return once("spherical", _row_moments_bwd, *upstream, logits, target, stats), None, None
 
 
 class _RowMomentsOverwriting(torch.autograd.Function):
@@ -210,7 +150,7 @@ class _RowMomentsOverwriting(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, function: str) -> Any:
         output = _row_moments(logits, target, function)
-        _save_unseen(ctx, output[4:])
+        save_unseen(ctx, output[4:])
         ctx.save_for_backward(logits, target, output[4])
         return output
 
@@ -237,33 +177,21 @@ class _LinearMoments(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save_unseen(ctx, output[4:])
+        save_unseen(ctx, output[4:])
         ctx.save_for_backward(*inputs[:4], *output[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         hidden, weight, bias, target, direction, center = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        results = _once(
-            _linear_moments_bwd, *_upstream(grads[:4], center, hidden.shape[0]),
+        results = once(
+            "spherical", _linear_moments_bwd, *_upstream(grads[:4], center, hidden.shape[0]),
             hidden, weight, bias, target, direction, center, *needs,
         )  # fmt: skip
         return *(g if need else None for g, need in zip(results, needs, strict=True)), None, None, None
 
 
-for _name in _SCHEMAS:
-    torch.library.register_vmap(
-        f"fastloss::{_name}", _loop_over_batch(getattr(torch.ops.fastloss, _name).default), lib=_LIBRARY
-    )
-
-
-def _run(function: type[torch.autograd.Function], grad: bool) -> Callable[..., Any]:
-    """What to call. Dynamo fails on a Function without a gradient; elsewhere an outer transform may still want one."""
-    return function.apply if grad or not torch.compiler.is_compiling() else function.forward
-
-
-def _needs_grad(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+batch(_SCHEMAS)
 
 
 def row_moments(
@@ -277,7 +205,7 @@ def row_moments(
     if overwrite and not torch.compiler.is_compiling():
         mean, square, centred, logit, _ = _RowMomentsOverwriting.apply(logits, target, function)
     else:
-        mean, square, centred, logit, _ = _run(_RowMoments, _needs_grad(logits))(logits, target, function)
+        mean, square, centred, logit, _ = runner(_RowMoments, any(needs_grad(logits)))(logits, target, function)
     return mean, square, centred, logit
 
 
@@ -289,7 +217,8 @@ def linear_moments(
     function: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `row_moments`, of hidden weight^T + bias."""
-    need_hidden = _needs_grad(hidden)
-    grad = any(_needs_grad(x) for x in (hidden, weight, bias) if x is not None)
-    mean, square, centred, logit, _, _ = _run(_LinearMoments, grad)(hidden, weight, bias, target, need_hidden, function)
+    needs = needs_grad(hidden, weight, bias)
+    mean, square, centred, logit, _, _ = runner(_LinearMoments, any(needs))(
+        hidden, weight, bias, target, needs[0], function
+    )
     return mean, square, centred, logit

@@ -27,8 +27,8 @@ from fastloss._ops import accumulation_dtype
 from fastloss.contrastive.ops import nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
-# nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: with two Zen 4 cores the
-# calls saved are worth more up to about 512 rows at width 256.
+# nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: the calls that are saved
+# are worth more there. 512 rows at width 256, tried on two Zen 4 cores (no committed measurement).
 SMALL_SELF_SIMILARITY = 1 << 26
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def nt_xent(
 
     A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
     ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed
-    once, except in small batches, (2B)^2 D up to 2^26 and a scalar reduction, where fewer calls are faster.
+    once, except in small batches, (2B)^2 D up to 2^26 and a scalar reduction, where calls count for more than flops.
 
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastloss
+from fastloss.contrastive.ops import pair_nll
 from tests.contrastive.problems import REDUCED, VARIANTS, Problem, evaluate, make_problem, upstream_of
-from tests.support import assert_equal_to_rounding
+from tests.support import assert_equal_to_rounding, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -333,3 +334,11 @@ def test_a_temperature_schedule_compiles_without_a_graph_break() -> None:
         assert torch.equal(compiled(q, k, temperature), fastloss.info_nce(q, k, temperature=temperature))
     dynamic = torch.compile(fastloss.NTXentLoss(0.1), fullgraph=True, dynamic=True, backend="eager")
     assert torch.equal(dynamic(q, k), fastloss.nt_xent(q, k, 0.1))
+
+
+def test_many_keys_keep_the_memory_of_one_direction_bounded() -> None:
+    """128 rows of them would take 195 MiB of float32: no panel of whole rows, but tiles and 48 MiB of similarities."""
+    q, k = torch.randn(130, 1, requires_grad=True), torch.randn(400_000, 1, requires_grad=True)
+    tile, vectors = 1024 * 512 * 4 * 9 // 8, 8 * 4 * len(k)
+    allowed = (48 << 20) + tile + vectors
+    assert peak_bytes(lambda: pair_nll(q, k, torch.tensor(5.0)).backward()) <= allowed < 4 * 128 * len(k)

@@ -94,6 +94,8 @@ def check_number(
 def check_group(function: str, group: Any) -> None:
     if group is None:
         return
+    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(f"{function}: `group` must be None or a process group, got {type(group).__name__}")
     size = torch.distributed.get_world_size(group)
     if size != 1:
         raise ValueError(

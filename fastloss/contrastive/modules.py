@@ -132,6 +132,9 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(temperature, (Tensor, int, float)):
+            got = type(temperature).__name__
+            raise TypeError(f"NTXentLoss: `temperature` must be a float or a floating-point tensor, got {got}")
         if not isinstance(temperature, Tensor) and abs(temperature) < 1e-8:
             raise ValueError(f"NTXentLoss: `temperature` must be at least 1e-8, got {temperature}")
         if memory_bank_size != 0:

@@ -73,21 +73,20 @@ FASTLOSS_INLINE void merge(Moments& all, double count, double mean, double squar
 template <class T>
 FASTLOSS_INLINE void add_block(const T* x, int64_t n, Moments& all) {
   constexpr int kN = Lanes<T>::kCount;
-  const T pivot = all.count ? T(all.mean) : x[0];
   const int rest = int(n % kN);
   const int64_t whole = n - rest;
   const Vec<T> tail = rest ? load_some(x + whole, rest) : Vec<T>{};
   Vec<T> s0{}, s1{}, s2{}, s3{};
   int64_t j = 0;
   for (; j + 4 * kN <= whole; j += 4 * kN) {
-    s0 += load(x + j) - pivot;
-    s1 += load(x + j + kN) - pivot;
-    s2 += load(x + j + 2 * kN) - pivot;
-    s3 += load(x + j + 3 * kN) - pivot;
+    s0 += load(x + j);
+    s1 += load(x + j + kN);
+    s2 += load(x + j + 2 * kN);
+    s3 += load(x + j + 3 * kN);
   }
-  for (; j < whole; j += kN) s0 += load(x + j) - pivot;
-  if (rest) s1 += lanes_below<T>(rest, tail - pivot);
-  const T near = T(double(pivot) + double(sum_of<T>((s0 + s1) + (s2 + s3))) / double(n));
+  for (; j < whole; j += kN) s0 += load(x + j);
+  if (rest) s1 += tail;
+  const T near = T(double(sum_of<T>((s0 + s1) + (s2 + s3))) / double(n));
   Vec<T> e0{}, e1{}, q0{}, q1{};
   auto add = [&](Vec<T> d, Vec<T>& e, Vec<T>& q) {
     e += d;

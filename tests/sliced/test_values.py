@@ -245,6 +245,7 @@ def hard_rows(dtype: torch.dtype) -> dict[str, Tensor]:
         "duplicates": torch.randint(0, 5, (5000,), generator=g).to(dtype),
         "one value": torch.full((5000,), 3.0, dtype=dtype),
         "signed zeros": torch.where(normal > 0, 0.0, -0.0).to(dtype),
+        "signed zeros beside infinities": torch.where(infinite.isinf(), infinite, torch.where(normal > 0, 0.0, -0.0)),
         "denormals": normal * info.smallest_normal / 8,
         "whole range": normal.sign() * info.max * torch.rand(5000, generator=g, dtype=dtype),
         "clusters": torch.randint(0, 3, (5000,), generator=g).to(dtype) * 1e6 + normal * 1e-3,
@@ -270,7 +271,7 @@ def test_rows_sort_as_torch_sorts_them(isa: str, name: str, dtype: torch.dtype) 
     expected, index = row.sort(stable=True)
     assert torch.equal(values[0], expected)
     assert torch.equal(order[0].long(), index), "stable"
-    assert torch.equal(keys_only, keys_only)  # infinite for infinities, never NaN
+    assert not keys_only.isnan()  # infinite for infinities
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -306,3 +307,28 @@ def test_large_clouds_take_the_path_that_sorts_again(monkeypatch: pytest.MonkeyP
     again = value_and_gradients(fastloss.sliced_wasserstein, leaves, **names)
     for g, w in zip(again, kept, strict=True):
         assert_equal_to_rounding(g, w, terms=20)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2])
+def test_gradient_in_weights_at_ties_is_the_mean_of_both_one_sided_ones(backend: str, p: float) -> None:
+    """Equal weights: all steps of the two staircases coincide, and moving weight either way costs differently."""
+    x = torch.tensor([0.0, 1.0, 2.5, 4.0, 7.0], dtype=torch.float64)[:, None]
+    y = torch.tensor([0.5, 0.75, 3.5, 5.5, 6.0], dtype=torch.float64)[:, None]
+    weights = torch.full((5,), 0.2, dtype=torch.float64, requires_grad=True)
+
+    def cost(a: Tensor, b: Tensor) -> Tensor:
+        theta = torch.ones(1, 1, dtype=torch.float64)
+        return fastloss.sliced_wasserstein(x, y, x_weights=a, y_weights=b, p=p, projections=theta)
+
+    held, step = weights.detach(), 1e-4
+    for first in (True, False):
+
+        def of(w: Tensor, first: bool = first) -> Tensor:
+            return cost(w, held) if first else cost(held, w)
+
+        (grad,) = torch.autograd.grad(of(weights), weights)
+        for i in range(4):
+            move = torch.zeros_like(held)
+            move[i], move[i + 1] = -step, step
+            central = (of(held + move) - of(held - move)) / (2 * step)
+            assert (grad[i + 1] - grad[i]).item() == pytest.approx(central.item(), rel=1e-9, abs=1e-9)

@@ -131,6 +131,20 @@ def test_rows_are_redone_only_if_gram_lost_digits(monkeypatch: pytest.MonkeyPatc
         test_rows_that_gram_cannot_resolve_are_done_by_logits()
 
 
+@pytest.mark.parametrize("rows", [4, 64])  # by tiles of logits; by the Gram matrix
+def test_a_mean_row_a_million_times_the_spread_costs_no_digits(backend: str, rows: int) -> None:
+    """The mean row that is subtracted is itself rounded, to 1/16 here; what is left of it must not enter the spread."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(500, 16, generator=generator) * 8).round() / 8 + 2.0**20  # exact in float32
+    hidden = (torch.randn(rows, 16, generator=generator) * 8).round() / 8
+    assert tiles._gram_forward(rows, 16, True) == (rows == 64)
+    problem = Problem("linear_z_loss", {"hidden": hidden, "weight": weight}, torch.arange(rows), {"reduction": "none"})
+    truth, truths = problem(reference, torch.float64)
+    loss, gradients = problem(fastloss)
+    assert ((loss - truth) / truth).abs().max() < 1e-5
+    assert (gradients["weight"] - truths["weight"]).abs().max() < 1e-5 * truths["weight"].abs().max()
+
+
 def test_z_loss_by_hand(backend: str) -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
     mean, spread = 7 / 3, math.sqrt((16 + 1 + 25) / 27)

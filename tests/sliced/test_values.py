@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss._backends import native_core
-from fastloss.sliced import ops
+from fastloss.sliced import native, ops
 from tests import support
 from tests.support import assert_as_accurate_as_torch
 
@@ -272,6 +272,16 @@ def test_rows_sort_as_torch_sorts_them(isa: str, name: str, dtype: torch.dtype) 
     assert torch.equal(values[0], expected)
     assert torch.equal(order[0].long(), index), "stable"
     assert not keys_only.isnan()  # infinite for infinities
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["signed zeros", "signed zeros beside infinities"])
+def test_the_kernel_ties_signed_zeros(name: str, dtype: torch.dtype) -> None:
+    """Given directly: a product may turn -0 into 0 before it comes to the sort."""
+    row = hard_rows(dtype)[name]
+    assert bool((row.signbit() & (row == 0)).any())
+    _, order = native._epilogue.sort(row[None].clone())
+    assert torch.equal(order[0].long(), row.sort(stable=True).indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

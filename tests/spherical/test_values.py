@@ -131,6 +131,18 @@ def test_rows_are_redone_only_if_gram_lost_digits(monkeypatch: pytest.MonkeyPatc
         test_rows_that_gram_cannot_resolve_are_done_by_logits()
 
 
+@pytest.mark.parametrize("classes", [500, 3000])  # one block; several that are merged
+def test_logits_a_million_spreads_away_keep_their_digits(backend: str, classes: int) -> None:
+    """Their mean is rounded to 1/16: what is left of it must not enter the sum of squares."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(8, classes, generator=generator) * 8).round() / 8 + 2.0**20  # exact in float32
+    problem = Problem("z_loss", {"logits": logits}, torch.arange(8), {"reduction": "none"})
+    truth, truths = problem(reference, torch.float64)
+    loss, gradients = problem(fastloss)
+    assert ((loss - truth) / truth).abs().max() < 1e-5
+    assert (gradients["logits"] - truths["logits"]).abs().max() < 1e-5 * truths["logits"].abs().max()
+
+
 @pytest.mark.parametrize("rows", [4, 64])  # by tiles of logits; by the Gram matrix
 def test_a_mean_row_a_million_times_the_spread_costs_no_digits(backend: str, rows: int) -> None:
     """The mean row that is subtracted is itself rounded, to 1/16 here; what is left of it must not enter the spread."""

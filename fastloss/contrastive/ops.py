@@ -8,8 +8,8 @@ pair_nll             sum_i softplus(log sum_{j != i} exp(scale_i c_ij) - scale_i
 self_similarity_lse  log sum_{j != i} exp(scale_i c_ij) with c_ij = x_i . x_j; each pair is computed once.
 
 Pairs of equal ids, and the diagonal if `drop_diagonal`, are left out of the sums. All are differentiable once, in the
-tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for the first 48 MiB of
-similarities, which are kept; pair_nll 6MND; self_similarity_lse 4MMD.
+tensors and in the scales. Flops, forward + backward: similarity_lse 8MND, but 6MND for
+similarities that are kept, up to 256 MiB where that is at least half of them; pair_nll 6MND; self_similarity_lse 4MMD.
 """
 
 from __future__ import annotations
@@ -225,7 +225,8 @@ def similarity_lse(
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
     size = 8 if q.dtype == torch.float64 else 4
     grad = any(needs_grad(q, k, row_scale, col_scale))
-    keep = torch.sym_min(q.shape[0] * k.shape[0], KEEP_BYTES // size) if grad else 0
+    pairs = q.shape[0] * k.shape[0]
+    keep = torch.sym_min(pairs, KEEP_BYTES // size) if grad and pairs * size <= 2 * KEEP_BYTES else 0
     k, col_scale, k_ids = distinct(k, q), distinct(col_scale, row_scale), distinct(k_ids, q_ids)
     row_lse, col_lse, diagonal, *_ = runner(_SimilarityLse, grad)(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep

@@ -24,8 +24,9 @@ TILE_ROWS = 1024
 TILE_COLS = 512
 # A self-similarity is covered by square tiles on and above the diagonal; small ones waste less on the diagonal.
 SELF_TILE = 512
-# So many similarities are kept for the backward pass instead of being computed again: 6MND flops for them, not 8MND.
-KEEP_BYTES = 48 << 20
+# So many similarities may be kept for the backward pass instead of being computed again: 6MND flops for them, not
+# 8MND. Only where they are at least half of all: of a larger matrix they would save less time than they cost memory.
+KEEP_BYTES = 256 << 20
 # One direction with a scalar reduction needs nothing but its own rows: a panel of whole rows serves forward and
 # backward, 6MND flops. At least 128 rows, below which the products lose their speed: 512 bytes a column in float32.
 PANEL_BYTES = 32 << 20

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastloss
-from fastloss.contrastive.ops import pair_nll
+from fastloss.contrastive.ops import pair_nll, similarity_lse
 from tests.contrastive.problems import REDUCED, VARIANTS, Problem, evaluate, make_problem, upstream_of
 from tests.support import assert_equal_to_rounding, peak_bytes
 
@@ -337,8 +337,26 @@ def test_a_temperature_schedule_compiles_without_a_graph_break() -> None:
 
 
 def test_many_keys_keep_the_memory_of_one_direction_bounded() -> None:
-    """128 rows of them would take 195 MiB of float32: no panel of whole rows, but tiles and 48 MiB of similarities."""
-    q, k = torch.randn(130, 1, requires_grad=True), torch.randn(400_000, 1, requires_grad=True)
+    """128 rows of them would take 586 MiB of float32: no panel of whole rows, but tiles."""
+    q, k = torch.randn(130, 1, requires_grad=True), torch.randn(1_200_000, 1, requires_grad=True)
     tile, vectors = 1024 * 512 * 4 * 9 // 8, 8 * 4 * len(k)
-    allowed = (48 << 20) + tile + vectors
+    allowed = tile + vectors
     assert peak_bytes(lambda: pair_nll(q, k, torch.tensor(5.0)).backward()) <= allowed < 4 * 128 * len(k)
+
+
+def kept_bytes(loss: Tensor) -> int:
+    """The largest tensor that a graph holds for its backward pass."""
+    sizes, stack = [0], [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        sizes += [x.nbytes for x in getattr(node, "saved_tensors", ()) if x is not None]
+        stack += [following for following, _ in node.next_functions if following is not None]
+    return max(sizes)
+
+
+def test_similarities_are_kept_up_to_a_bound_where_they_are_half_of_all() -> None:
+    width = 70_000
+    for rows, kept in ((900, 4 * 900 * width), (1000, 256 << 20), (1900, 256 << 20), (1950, 0)):
+        q, k = torch.zeros(rows, 1, requires_grad=True), torch.zeros(width, 1, requires_grad=True)
+        loss = similarity_lse(q, k, torch.tensor(5.0))[0].sum()
+        assert kept_bytes(loss) == max(kept, 4 * width), rows

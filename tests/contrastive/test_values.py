@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastloss
 import fastloss.reference
+from fastloss.contrastive import ops
 from tests.contrastive.problems import (
     DTYPES,
     REDUCED,
@@ -96,10 +97,16 @@ class TestSizes:
     def test_width(self, variant: str, width: int, dtype: torch.dtype) -> None:
         check(make_problem(variant, rows=40, width=width, dtype=dtype))
 
-    @pytest.mark.parametrize("variant", ["info_nce symmetric ids row_temperature", "clip_loss", "nt_xent ids"])
-    def test_larger_than_any_cache_of_similarities(self, variant: str) -> None:
-        """2100^2 float32 similarities exceed what the ops keep for the backward pass: it must compute them again."""
-        check(make_problem(variant, rows=2100, width=3))
+    @pytest.mark.parametrize("fifths", [2, 3, 5])
+    @pytest.mark.parametrize("variant", ["info_nce symmetric ids row_temperature", "clip_loss"])
+    def test_similarities_that_are_not_kept(self, variant: str, fifths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Room for two fifths keeps none; what the backward pass does not find, it computes again."""
+        rows = 2930  # 33 MiB, more than the panel of both directions
+        monkeypatch.setattr(ops, "KEEP_BYTES", 4 * rows**2 * fifths // 5)
+        check(make_problem(variant, rows=rows, width=3))
+
+    def test_larger_than_any_panel(self) -> None:
+        check(make_problem("nt_xent ids", rows=2100, width=3))
 
     @pytest.mark.parametrize(("rows", "width"), [(4400, 2), (70, 65536)])
     def test_reduced_beyond_its_buffers(self, rows: int, width: int) -> None:

@@ -31,14 +31,8 @@ FASTLOSS_INLINE Bits<T> kept(Mask mask, int64_t i, int64_t j, int n) {
   if (n < L::kCount)
     for (int l = n; l < L::kCount; ++l) keep[l] = 0;
   if constexpr (kMasked) {
-    if (mask.row_ids) {
-      typename L::Ids ids{};
-      if (n == L::kCount)
-        ids = *reinterpret_cast<const typename L::UnalignedIds*>(mask.col_ids + j);
-      else
-        for (int l = 0; l < n; ++l) ids[l] = mask.col_ids[j + l];
-      keep &= __builtin_convertvector(ids != mask.row_ids[i], Bits<T>);
-    }
+    if (mask.row_ids)
+      for (int l = 0; l < n; ++l) keep[l] &= -int64_t(mask.col_ids[j + l] != mask.row_ids[i]);
     const int64_t lane = mask.diagonal == kNoDiagonal ? -1 : i + mask.diagonal - j;
     if (lane >= 0 && lane < L::kCount) keep[lane] = 0;
   }

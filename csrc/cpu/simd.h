@@ -1,8 +1,7 @@
-// Fixed-width vectors for the CPU kernels, on the compiler's vector extension (GCC and Clang).
+// Vectors for the CPU kernels, on the compiler's vector extension (GCC and Clang).
 //
-// A vector is 64 bytes on every instruction set: one AVX-512 register, two AVX2, four SSE or NEON.
-// One body therefore serves all of them, and lane order, hence rounding, does not depend on the width
-// of the hardware's registers.
+// A vector is one register of the instruction set: compilers take comparisons and shuffles of wider ones apart lane by
+// lane, ten times slower. Kernels are written for any Lanes<T>::kCount; lane order, hence rounding, depends on it.
 //
 // Only <stdint.h> may be included here: this header is compiled once per instruction set, and an inline
 // function of the standard library compiled for AVX-512 could be the copy the linker keeps for everyone.
@@ -14,17 +13,23 @@ namespace {
 
 #define FASTLOSS_INLINE inline __attribute__((always_inline))
 
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;  // SSE2, NEON
+#endif
+
 template <class T>
 struct Lanes;
 
 template <>
 struct Lanes<float> {
-  static constexpr int kCount = 16;
-  typedef float Vec __attribute__((vector_size(64)));
-  typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-  typedef int32_t Bits __attribute__((vector_size(64)));
-  typedef int64_t Ids __attribute__((vector_size(128)));
-  typedef int64_t UnalignedIds __attribute__((vector_size(128), aligned(8), may_alias));
+  static constexpr int kCount = kRegister / 4;
+  typedef float Vec __attribute__((vector_size(kRegister)));
+  typedef float Unaligned __attribute__((vector_size(kRegister), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(kRegister)));
   // 2^f on [-1/2, 1/2] by Chebyshev interpolation of degree 6: relative error 2.6e-9.
   static constexpr int kDegree = 6;
   static constexpr double kExp2[] = {1.0,
@@ -43,12 +48,10 @@ struct Lanes<float> {
 
 template <>
 struct Lanes<double> {
-  static constexpr int kCount = 8;
-  typedef double Vec __attribute__((vector_size(64)));
-  typedef double Unaligned __attribute__((vector_size(64), aligned(8), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(64)));
-  typedef int64_t Ids __attribute__((vector_size(64)));
-  typedef int64_t UnalignedIds __attribute__((vector_size(64), aligned(8), may_alias));
+  static constexpr int kCount = kRegister / 8;
+  typedef double Vec __attribute__((vector_size(kRegister)));
+  typedef double Unaligned __attribute__((vector_size(kRegister), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(kRegister)));
   // Degree 12: relative error 5.7e-20.
   static constexpr int kDegree = 12;
   static constexpr double kExp2[] = {1.0,
@@ -137,7 +140,7 @@ FASTLOSS_INLINE Vec<T> magnitude_of(Vec<T> x) {
   return x < 0 ? -x : x;
 }
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 // One instruction each; results are those of the general forms below (but for subnormal powers, which those flush).
 constexpr int kCurrentRounding = 4;
 FASTLOSS_INLINE Vec<float> nearest_here(Vec<float> z) {
@@ -152,12 +155,16 @@ FASTLOSS_INLINE Vec<float> scale_here(Vec<float> x, Vec<float> e) {
 FASTLOSS_INLINE Vec<double> scale_here(Vec<double> x, Vec<double> e) {
   return __builtin_ia32_scalefpd512_mask(x, e, x, uint8_t(-1), kCurrentRounding);
 }
+#elif defined(__AVX__)
+constexpr int kNearestQuietly = 8;
+FASTLOSS_INLINE Vec<float> nearest_here(Vec<float> z) { return __builtin_ia32_roundps256(z, kNearestQuietly); }
+FASTLOSS_INLINE Vec<double> nearest_here(Vec<double> z) { return __builtin_ia32_roundpd256(z, kNearestQuietly); }
 #endif
 
 // The integer nearest to z: adding kWhole leaves no fraction. Larger values have none.
 template <class T>
 FASTLOSS_INLINE Vec<T> nearest(Vec<T> z) {
-#ifdef __AVX512F__
+#ifdef __AVX__
   return nearest_here(z);
 #else
   const Vec<T> whole = splat<T>(Lanes<T>::kWhole);

@@ -233,7 +233,7 @@ FASTLOSS_INLINE Doubles power(Doubles d, double p) {
   const Doubles product = whole * p;
   const Doubles rounded = (product + Lanes<double>::kRound) - Lanes<double>::kRound;
   Doubles rest;
-  for (int l = 0; l < 8; ++l) rest[l] = __builtin_fma(whole[l], p, -product[l]);
+  for (int l = 0; l < Lanes<double>::kCount; ++l) rest[l] = __builtin_fma(whole[l], p, -product[l]);
   Doubles result = exp2<double>((product - rounded) + (rest + p * log2)) * exp2<double>(rounded);
   result = x == 0 ? Doubles{} : result;
   result = x == kInf ? x : result;
@@ -269,8 +269,9 @@ double pair_equal(T* u, const T* v, int64_t n, double p, double factor) {
   constexpr int64_t kBlock = 1024;  // sums of a block in T, of the blocks in double
   double total = 0;
   if constexpr (P == 0) {
-    for (int64_t i = 0; i < n; i += 8) {
-      const int count = n - i < 8 ? int(n - i) : 8;
+    constexpr int kD = Lanes<double>::kCount;
+    for (int64_t i = 0; i < n; i += kD) {
+      const int count = n - i < kD ? int(n - i) : kD;
       Doubles d{};
       for (int l = 0; l < count; ++l) d[l] = double(u[i + l]) - double(v[i + l]);
       const Doubles slope = power(d, p - 1);

@@ -13,7 +13,7 @@ constexpr int64_t kStreamBytes = 16 << 20;
 
 FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Writes past the caches, without reading the line first; p is aligned to 64 bytes.
+// Writes past the caches, without reading the line first; p is aligned to a register.
 template <class T>
 FASTLOSS_INLINE void store_stream(T* p, Vec<T> v) {
 #if defined(__AVX512F__)
@@ -22,23 +22,15 @@ FASTLOSS_INLINE void store_stream(T* p, Vec<T> v) {
   else
     __builtin_ia32_movntpd512(p, v);
 #elif defined(__AVX__)
-  typedef T Half __attribute__((vector_size(32)));
-  const Half* half = reinterpret_cast<const Half*>(&v);
-  for (int i = 0; i < 2; ++i) {
-    if constexpr (sizeof(T) == 4)
-      __builtin_ia32_movntps256(p + 8 * i, half[i]);
-    else
-      __builtin_ia32_movntpd256(p + 4 * i, half[i]);
-  }
+  if constexpr (sizeof(T) == 4)
+    __builtin_ia32_movntps256(p, v);
+  else
+    __builtin_ia32_movntpd256(p, v);
 #elif defined(__SSE2__)
-  typedef T Quarter __attribute__((vector_size(16)));
-  const Quarter* quarter = reinterpret_cast<const Quarter*>(&v);
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4)
-      __builtin_ia32_movntps(p + 4 * i, quarter[i]);
-    else
-      __builtin_ia32_movntpd(p + 2 * i, quarter[i]);
-  }
+  if constexpr (sizeof(T) == 4)
+    __builtin_ia32_movntps(p, v);
+  else
+    __builtin_ia32_movntpd(p, v);
 #else
   store(p, v);
 #endif
@@ -139,7 +131,7 @@ FASTLOSS_INLINE void gradient_row(const T* x, T* g, int64_t cols, T high, T low,
   auto value = [&](Vec<T> v) { return ((v - high) - low) * scale + shift; };
   int64_t j = 0;
   if (kStream) {
-    const int64_t head = int64_t((64 - (reinterpret_cast<uintptr_t>(g) & 63)) & 63) / int64_t(sizeof(T));
+    const int64_t head = int64_t(-reinterpret_cast<uintptr_t>(g) % kRegister) / int64_t(sizeof(T));
     if (head) {
       j = lesser(head, cols);
       store_some<T>(g, value(load_some(x, int(j))), int(j));

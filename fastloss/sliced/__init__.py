@@ -3,16 +3,14 @@
 from fastloss.sliced.functional import (
     energy_sliced_wasserstein,
     max_sliced_wasserstein,
-    max_sliced_wasserstein_distance,
     sliced_gromov_wasserstein,
     sliced_wasserstein,
-    sliced_wasserstein_distance,
     sliced_wasserstein_matrix,
-    sliced_wasserstein_sphere,
-    sliced_wasserstein_sphere_unif,
     soft_correspondence,
 )
 from fastloss.sliced.modules import SlicedWassersteinLoss
+from fastloss.sliced.pot import max_sliced_wasserstein_distance, sliced_wasserstein_distance
+from fastloss.sliced.sphere import sliced_wasserstein_sphere, sliced_wasserstein_sphere_unif
 
 __all__ = [
     "SlicedWassersteinLoss",

@@ -64,7 +64,7 @@ def sweep(
     need_x, need_y, need_theta, need_a, need_b = needs
     weights_a, total_a = _unit_sum(a)
     weights_b, total_b = _unit_sum(b)
-    costs = torch.empty(slices, dtype=torch.float64, device=x.device)
+    costs = []
     grad_x = x.new_zeros(x.shape if need_x else (0,))
     grad_y = y.new_zeros(y.shape if need_y else (0,))
     grad_theta = theta.new_empty(theta.shape if need_theta else (0,))
@@ -90,7 +90,7 @@ def sweep(
             need_a,
             need_b,
         )
-        costs[start : start + step] = cost
+        costs.append(cost)
         if factor is None:
             continue
         if need_x:
@@ -103,14 +103,12 @@ def sweep(
             grad_a += f.sum(0, dtype=torch.float64)
         if g is not None:
             grad_b += g.sum(0, dtype=torch.float64)
-    weight_dtype = x.dtype
-    return costs, [
-        grad_x,
-        grad_y,
-        grad_theta,
-        (grad_a / total_a).to(weight_dtype),
-        (grad_b / total_b).to(weight_dtype),
-    ]
+    if need_a:
+        grad_a /= total_a
+    if need_b:
+        grad_b /= total_b
+    gradients = [grad_x, grad_y, grad_theta, grad_a.to(x.dtype), grad_b.to(x.dtype)]
+    return costs[0] if len(costs) == 1 else torch.cat(costs) if costs else grad_a.new_empty(0), gradients
 
 
 def _accumulation(x: Tensor) -> Tensor:
@@ -140,6 +138,11 @@ def mean_forward(
         costs, found = sweep(epilogue, one_x, one_y, directions, _element(a, i), _element(b, i), p, factor, wanted)
         means.append(costs.mean().to(directions.dtype))
         grads.append(found)
+    if len(x) == 1:  # handed on, not copied
+        return (
+            means[0].unsqueeze(0),
+            *(g.unsqueeze(0) if need else g for need, g in zip(wanted, grads[0], strict=True)),
+        )
     shapes = (x.shape, y.shape, (len(x), *theta.shape), x.shape[:2], y.shape[:2])
     stacked = [
         torch.stack([g[k] for g in grads]) if need and grads else directions.new_empty(shapes[k] if need else (0,))
@@ -151,14 +154,20 @@ def mean_forward(
 def mean_backward(grad: Tensor, x: Tensor, y: Tensor, theta: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
     grad_x, grad_y, grad_theta, grad_a, grad_b = grads
     row, cloud = grad[:, None], grad[:, None, None]
+
+    def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return (gradient * factor).to(dtype) if gradient.dim() > 1 else gradient.new_empty((0,), dtype=dtype)
+
+    if grad_theta.dim() > 1 and len(grad) != 1:
+        grad_theta = (grad_theta * cloud).sum(0).to(theta.dtype)
+    else:
+        grad_theta = scaled(grad_theta.squeeze(0), grad, theta.dtype)
     return (
-        (grad_x * cloud).to(x.dtype) if grad_x.dim() > 1 else torch.empty_like(grad_x, dtype=x.dtype),
-        (grad_y * cloud).to(y.dtype) if grad_y.dim() > 1 else torch.empty_like(grad_y, dtype=y.dtype),
-        (grad_theta * cloud).sum(0).to(theta.dtype)
-        if grad_theta.dim() > 1
-        else torch.empty_like(grad_theta, dtype=theta.dtype),
-        grad_a * row if grad_a.dim() > 1 else torch.empty_like(grad_a),
-        grad_b * row if grad_b.dim() > 1 else torch.empty_like(grad_b),
+        scaled(grad_x, cloud, x.dtype),
+        scaled(grad_y, cloud, y.dtype),
+        grad_theta,
+        scaled(grad_a, row, grad_a.dtype),
+        scaled(grad_b, row, grad_b.dtype),
     )
 
 

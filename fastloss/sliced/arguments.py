@@ -24,9 +24,10 @@ def check_p(function: str, p: Any) -> None:
         raise ValueError(f"{function}: `p` must be finite and at least 1, got {p}")
 
 
-def check_count(function: str, count: Any) -> None:
+def check_count(function: str, count: Any, name: str = "n_projections") -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{function}: `n_projections` must be an integer >= 1, got {count!r}")
+        raise ValueError(f"{function}: `{name}` must be an integer >= 1, got {count!r}")
+    return count
 
 
 def check_sampler(function: str, sampler: Any) -> None:
@@ -156,7 +157,7 @@ def draw(
 def directions(
     function: str,
     x: Tensor,
-    count: int,
+    count: int | None,
     projections: Tensor | None,
     sampler: str,
     generator: torch.Generator | None,
@@ -165,7 +166,7 @@ def directions(
     check_sampler(function, sampler)
     d, dtype = x.shape[-1], accumulation_dtype(x.dtype)
     if projections is None:
-        check_count(function, count)
+        count = check_count(function, count)
         return draw(count, d, sampler, generator, dtype, x.device)
     if not isinstance(projections, Tensor):
         raise TypeError(

@@ -63,7 +63,7 @@ def sliced_wasserstein_distance(
         tensor(2.)
     """
     name = "sliced_wasserstein_distance"
-    x, y, theta, a, b = _pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
+    x, y, theta, a, b = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
     if not log:
         return rooted(sliced_mean(x, y, theta.t(), a, b, float(p))[0], p)
     costs = sliced_costs(x, y, theta.t(), a, b, float(p))[0]
@@ -119,19 +119,19 @@ def max_sliced_wasserstein_distance(
         tensor(3.)
     """
     name = "max_sliced_wasserstein_distance"
-    x, y, theta, a, b = _pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
+    x, y, theta, a, b = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
     costs = sliced_costs(x, y, theta.t(), a, b, float(p))[0]
     value = rooted(costs.max(), p)
     return (value, {"projections": theta, "projected_emds": costs}) if log else value
 
 
-def _pot_arguments(
+def pot_arguments(
     function: str,
     x: Tensor,
     y: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    count: int,
+    count: int | None,
     p: float,
     projections: Tensor | None,
     seed: int | torch.Generator | None,
@@ -148,7 +148,7 @@ def _pot_arguments(
     x, y, a, b, _ = paired_clouds(function, x, y, a, b, "X_s X_t a b")
     dtype, d = accumulation_dtype(x.dtype), x.shape[-1]
     if projections is None:
-        check_count(function, count)
+        count = check_count(function, count)
         generator = seeded(function, seed)
         source = x.device if generator is None else generator.device
         drawn = torch.randn(d, count, dtype=dtype, generator=generator, device=source)

@@ -492,15 +492,19 @@ double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const do
   return total;
 }
 
-// Slices are dealt to threads; each slice's result is its own, so the deal does not matter.
+// The next slice that nobody has taken. Each slice's result is its own, so it does not matter who takes it; a thread
+// that wakes late, or whose core is busy elsewhere, takes fewer.
+FASTLOSS_INLINE int64_t take(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
 template <class T>
 void transport(T* x, T* y, int64_t slices, int64_t n, int64_t m, const double* a, const double* b, double p,
                const double* factor, bool want_x, bool want_y, T* f, T* g, double* cost, void* scratch, int threads) {
   const int64_t stride = Scratch<T>::bytes(n, m);
+  int64_t next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     const Scratch<T> own(static_cast<char*>(scratch) + t * stride, n, m);
-    for (int64_t s = t; s < slices; s += threads) {
+    for (int64_t s = take(next); s < slices; s = take(next)) {
       const double* scale = factor ? factor + s : nullptr;
       T* fs = f ? f + s * n : nullptr;
       T* gs = g ? g + s * m : nullptr;
@@ -513,10 +517,11 @@ void transport(T* x, T* y, int64_t slices, int64_t n, int64_t m, const double* a
 template <class T>
 void sort(const T* x, int64_t slices, int64_t n, T* sorted, int32_t* order, void* scratch, int threads) {
   const int64_t stride = Scratch<T>::bytes(n, n);
+  int64_t next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     const Scratch<T> own(static_cast<char*>(scratch) + t * stride, n, n);
-    for (int64_t s = t; s < slices; s += threads) {
+    for (int64_t s = take(next); s < slices; s = take(next)) {
       const Range<T> range = range_of(x + s * n, n);
       if (range.nan) {
         fill(sorted + s * n, n, T(kNan));

@@ -17,6 +17,9 @@ LEAST_SLICES = 4
 
 
 class Epilogue(Protocol):
+    def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:  # for rows like these; what is in it is its own
+        ...
+
     def transport(
         self,
         u: Tensor,  # (S, n) projections; overwritten by their gradients if `factor` is given
@@ -25,11 +28,13 @@ class Epilogue(Protocol):
         b: Tensor | None,  # (m,)
         p: float,
         factor: Tensor | None,  # (S,) float64: derivative of the loss in each slice's cost
+        cost: Tensor,  # (S,) float64, written
+        scratch: tuple[Tensor, int],
         want_u: bool,
         want_v: bool,
         want_a: bool,
         want_b: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # cost (S,) float64, factor * potentials (S, n) and (S, m)
+    ) -> tuple[Tensor | None, Tensor | None]:  # factor * potentials (S, n) and (S, m)
         ...
 
     def sort(self, u: Tensor) -> tuple[Tensor, Tensor]:  # sorted (S, n), order (S, n) int32
@@ -64,7 +69,8 @@ def sweep(
     need_x, need_y, need_theta, need_a, need_b = needs
     weights_a, total_a = _unit_sum(a)
     weights_b, total_b = _unit_sum(b)
-    costs = []
+    # All made before the loop: large buffers that come and go between small ones that stay leave holes in the heap.
+    costs = torch.empty(slices, dtype=torch.float64, device=x.device)
     grad_x = x.new_zeros(x.shape if need_x else (0,))
     grad_y = y.new_zeros(y.shape if need_y else (0,))
     grad_theta = theta.new_empty(theta.shape if need_theta else (0,))
@@ -72,25 +78,27 @@ def sweep(
     grad_b = torch.zeros(m if need_b else 0, dtype=torch.float64, device=x.device)
     step = slices_at_a_time(slices, (n + m) * (2 if need_a or need_b else 1), x.element_size())
     u_rows, v_rows = x.new_empty((min(step, slices), n)), x.new_empty((min(step, slices), m))
+    scratch = epilogue.scratch(u_rows, v_rows)
     for start in range(0, slices, step):
         block = theta[start : start + step]
         u, v = u_rows[: len(block)], v_rows[: len(block)]
         torch.mm(block, x.t(), out=u)
         torch.mm(block, y.t(), out=v)
         want_u, want_v = need_x or need_theta, need_y or need_theta
-        cost, f, g = epilogue.transport(
+        f, g = epilogue.transport(
             u,
             v,
             weights_a,
             weights_b,
             p,
             None if factor is None else factor[start : start + step].contiguous(),
+            costs[start : start + step],
+            scratch,
             want_u,
             want_v,
             need_a,
             need_b,
         )
-        costs.append(cost)
         if factor is None:
             continue
         if need_x:
@@ -108,7 +116,7 @@ def sweep(
     if need_b:
         grad_b /= total_b
     gradients = [grad_x, grad_y, grad_theta, grad_a.to(x.dtype), grad_b.to(x.dtype)]
-    return costs[0] if len(costs) == 1 else torch.cat(costs) if costs else grad_a.new_empty(0), gradients
+    return costs, gradients
 
 
 def _accumulation(x: Tensor) -> Tensor:

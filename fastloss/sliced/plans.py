@@ -352,11 +352,12 @@ class _Problem:
 
 
 def _ends(weights: Tensor | None, order: Tensor) -> Tensor:
-    """(S, n) cumulative weights in float64; the last is one."""
+    """(S, n) cumulative weights in float64; one from the last point of positive weight on."""
     n = order.shape[1]
     if weights is None:
-        ends = (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).expand(order.shape)
-    else:
-        ends = weights[order].cumsum(1)
-        ends = ends - (ends.detach() - 1).clamp_(min=0)  # rounding may pass one before the last
-    return torch.cat([ends[:, :-1], torch.ones_like(ends[:, :1])], 1)
+        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
+    weights = weights[order]
+    ends = weights.cumsum(1)
+    ends = ends - (ends.detach() - 1).clamp_(min=0)  # rounding may pass one before
+    left = (weights > 0).flip(1).cumsum(1).flip(1)  # points of positive weight from here on
+    return torch.where((left == 0) | ((left == 1) & (weights > 0)), 1.0, ends)

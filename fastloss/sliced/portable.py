@@ -24,13 +24,13 @@ def _slope(d: Tensor, p: float) -> Tensor:
 
 
 def _ends(weights: Tensor | None, order: Tensor) -> Tensor:
-    """Cumulative weights of each slice in float64; the last is one."""
+    """Cumulative weights of each slice in float64; one from the last atom of positive weight on."""
     n = order.shape[1]
     if weights is None:
-        ends = (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).expand(order.shape)
-    else:
-        ends = weights[order].cumsum(1)
-    return torch.cat([ends[:, :-1], torch.ones_like(ends[:, :1])], 1).contiguous()
+        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
+    weights = weights[order]
+    left = (weights > 0).flip(1).cumsum(1).flip(1)  # atoms of positive weight from here on
+    return weights.cumsum(1).masked_fill_((left == 0) | ((left == 1) & (weights > 0)), 1.0)
 
 
 def _potential(u: Tensor, v: Tensor, ends: Tensor, other: Tensor, p: float) -> Tensor:

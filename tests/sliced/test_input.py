@@ -321,3 +321,30 @@ def test_matrix_sorts_every_slice_once(monkeypatch: pytest.MonkeyPatch) -> None:
     xs = torch.randn(5, 30, 2, generator=generator(), dtype=torch.float64)
     fastloss.sliced_wasserstein_matrix(xs, projections=THETA)
     assert calls == [30] * 5
+
+
+def test_weights_that_sum_to_one_but_for_rounding_are_divided_by_their_sum(backend: str) -> None:
+    """float32 allows 1e-4: the loss is that of the normalised weights, and its gradient has their factor."""
+    x, y = (t.float() for t in clouds())
+    exact = [torch.rand(k, generator=generator(k)).softmax(0) for k in (30, 20)]
+    scale = 1 + 8e-5
+    results = []
+    for factor in (1.0, scale):
+        a, b = (w.mul(factor).requires_grad_() for w in exact)
+        loss = fastloss.sliced_wasserstein(x, y, projections=THETA.float(), x_weights=a, y_weights=b)
+        results.append([loss.detach(), *(factor * g for g in torch.autograd.grad(loss, (a, b)))])
+    for got, want in zip(*results, strict=True):
+        assert_equal_to_rounding(got, want, terms=200)
+
+
+def test_nan_without_weight_is_still_nan(backend: str) -> None:
+    x, y = clouds()
+    x[3, 0] = torch.nan
+    a = torch.full((30,), 1 / 29, dtype=torch.float64)
+    a[3] = 0
+    x.requires_grad_()
+    loss = fastloss.sliced_wasserstein(x, y, projections=THETA[:2], x_weights=a)
+    assert bool(loss.isnan())
+    assert bool(torch.autograd.grad(loss, x)[0].isnan().all())
+    with torch.no_grad():
+        assert bool(fastloss.sliced_wasserstein(x, y, projections=THETA[:2], x_weights=a).isnan())

@@ -166,7 +166,7 @@ CASES = (
         3,
         256,
         "shapes and point clouds: many points in space",
-        quick=Schedule(rounds=3, warmup=0, slow_rounds=1, budget=20, memory=_OURS),
+        quick=Schedule(rounds=2, warmup=0, slow_rounds=1, budget=20, memory=_OURS),
         full=Schedule(rounds=7, slow_rounds=2, budget=120),
     ),
     _case(
@@ -194,7 +194,7 @@ CASES = (
         256,
         "the value alone: keys are sorted without their indices",
         FORWARD_OP,
-        quick=Schedule(rounds=3, budget=10, timed=frozenset({"fastloss", "eager"}), memory=_OURS),
+        quick=Schedule(rounds=2, budget=10, timed=frozenset({"fastloss", "eager"}), memory=frozenset()),
         full=Schedule(rounds=7, slow_rounds=2, budget=60),
     ),
     _case(

@@ -1,6 +1,7 @@
 """What a benchmark is made of (cases, providers, results) and how it is measured. Knows no loss family.
 
-One measurement is one forward and one backward pass. What makes the numbers comparable:
+One measurement is one forward and one backward pass, or the forward pass alone where no input requires a gradient. What
+makes the numbers comparable:
 
 - the providers of a case take turns (A B C, A B C, ...), so that a machine that slows down slows all of them, and a
   provider's speed-up is the median of the ratios within rounds, not the ratio of two medians;
@@ -86,7 +87,7 @@ class Case:
     op: str
     reason: str
     sizes: Sizes  # "rows": the batch, along which cases are shrunk and plotted
-    setup: Callable[[Sizes, torch.dtype, int], Inputs]  # (sizes, dtype, seed) -> leaves that require grad
+    setup: Callable[[Sizes, torch.dtype, int], Inputs]  # (sizes, dtype, seed) -> leaves; all or none require grad
     flops: Formula
     full: Schedule
     quick: Schedule | None = None
@@ -134,7 +135,7 @@ class Provider:
         loss = self.build(op)
         with self.context():
             value = loss(*inputs)
-            return value.detach(), torch.autograd.grad(value, inputs)
+            return value.detach(), torch.autograd.grad(value, inputs) if value.requires_grad else ()
 
     def needs(self, case: Case) -> float:
         model = self.peak_bytes.get(case.op)
@@ -333,14 +334,14 @@ def check(suite: Suite, provider: Provider, case: Case, seed: int) -> Check:
     """Compare loss and gradients with dense float64 on a reduced copy of the case; ArithmeticError when wrong."""
     small = case.at(rows=check_rows(case))
     inputs = small.inputs(seed)
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    exact = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
     expected = suite.truth[case.op](*exact)
-    gradients = torch.autograd.grad(expected, exact)
+    gradients = torch.autograd.grad(expected, exact) if expected.requires_grad else ()
     value, actual = provider.step(case.op, inputs)
     result = Check(
         small.sizes,
         relative_error(value, expected.detach()),
-        max(suite.gradient_error(a, g) for a, g in zip(actual, gradients, strict=True)),
+        max((suite.gradient_error(a, g) for a, g in zip(actual, gradients, strict=True)), default=0.0),
     )
     loss_tolerance, gradient_tolerance = TOLERANCE[case.dtype]
     # Written so that NaN fails.

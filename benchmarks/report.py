@@ -24,8 +24,8 @@ COLUMNS = (
     "gradient error (times eager's)",
 )
 METHOD = """\
-- One time is one forward and one backward pass. Providers take turns; the speed-up is the median, over rounds, of the
-  ratio within a round (in brackets: 20% and 80% quantiles).
+- One time is one forward and one backward pass, or the forward pass of a case without gradients. Providers take turns;
+  the speed-up is the median, over rounds, of the ratio within a round (in brackets: 20% and 80% quantiles).
 - "% of mm peak": the case's flop model divided by the median time, as a share of the best `torch.mm` measured in this
   run. The model is the same for all providers, whatever they really compute.
 - "extra memory": growth of the resident set's high-water mark (VmHWM) over one pass, less the gradients, in a process

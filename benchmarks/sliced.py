@@ -40,6 +40,10 @@ def equal_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
     return tuple(t.to(dtype).requires_grad_() for t in (x, y, directions(x, sizes["slices"])))
 
 
+def forward_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
+    return tuple(t.detach() for t in equal_inputs(sizes, dtype, seed))
+
+
 def weighted_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
     """Clouds of n and about 3n/4 points with random weights."""
     x, y = _points(sizes, sizes["rows"] * 37123 // 50000, seed)
@@ -57,6 +61,7 @@ def _flops(s: Sizes) -> float:
 
 
 EQUAL = Formula("16·n·d·L (projections, gradients in the points and directions; sorting is not counted)", _flops)
+FORWARD = Formula("4·n·d·L (projections; sorting is not counted)", lambda s: _flops(s) / 4)
 WEIGHTED = Formula("14·n·d·L (the same with m = 3n/4)", lambda s: _flops(s) * 0.87)
 
 
@@ -75,11 +80,17 @@ def _weighted_eager(x: Tensor, y: Tensor, theta: Tensor, a: Tensor, b: Tensor) -
     return reference.sliced_wasserstein(x, y, x_weights=a, y_weights=b, projections=theta)
 
 
-EAGER: Mapping[str, Loss] = {"sliced_wasserstein": _equal_eager, "weighted_sliced_wasserstein": _weighted_eager}
-TRUTH: Mapping[str, Loss] = {
-    "sliced_wasserstein": lambda x, y, theta: reference.sliced_wasserstein(x, y, projections=theta),
-    "weighted_sliced_wasserstein": _weighted_eager,
-}
+def _equal_truth(x: Tensor, y: Tensor, theta: Tensor) -> Tensor:
+    return reference.sliced_wasserstein(x, y, projections=theta)
+
+
+EQUAL_OP, FORWARD_OP, WEIGHTED_OP = (
+    "sliced_wasserstein",
+    "sliced_wasserstein without gradients",
+    "weighted_sliced_wasserstein",
+)
+EAGER: Mapping[str, Loss] = {EQUAL_OP: _equal_eager, FORWARD_OP: _equal_eager, WEIGHTED_OP: _weighted_eager}
+TRUTH: Mapping[str, Loss] = {EQUAL_OP: _equal_truth, FORWARD_OP: _equal_truth, WEIGHTED_OP: _weighted_eager}
 
 
 def _fastloss(name: str, description: str, backend: str, full_only: bool = False) -> Provider:
@@ -120,13 +131,13 @@ PROVIDERS = (
         "eager",
         "the textbook code in plain PyTorch: project, sort rows, pair",
         {op: _ready(loss) for op, loss in EAGER.items()},
-        {"sliced_wasserstein": _numbers(11), "weighted_sliced_wasserstein": _numbers(45)},
+        {EQUAL_OP: _numbers(11), FORWARD_OP: _numbers(11), WEIGHTED_OP: _numbers(45)},
     ),
     Provider(
         "pot",
         "package POT, ot.sliced_wasserstein_distance, squared",
         dict.fromkeys(EAGER, _pot),
-        {"sliced_wasserstein": _numbers(42), "weighted_sliced_wasserstein": _numbers(42)},
+        dict.fromkeys(EAGER, _numbers(42)),
         slow=True,
     ),
 )
@@ -134,9 +145,15 @@ PROVIDERS = (
 # ---------------------------------------------------------------- cases
 
 
-def _case(name: str, rows: int, dim: int, slices: int, reason: str, weighted: bool = False, **options: Any) -> Case:
-    op = "weighted_sliced_wasserstein" if weighted else "sliced_wasserstein"
-    setup, flops = (weighted_inputs, WEIGHTED) if weighted else (equal_inputs, EQUAL)
+PROBLEMS = {
+    EQUAL_OP: (equal_inputs, EQUAL),
+    FORWARD_OP: (forward_inputs, FORWARD),
+    WEIGHTED_OP: (weighted_inputs, WEIGHTED),
+}
+
+
+def _case(name: str, rows: int, dim: int, slices: int, reason: str, op: str = EQUAL_OP, **options: Any) -> Case:
+    setup, flops = PROBLEMS[op]
     return Case(name, FAMILY, op, reason, {"rows": rows, "dim": dim, "slices": slices}, setup, flops, **options)
 
 
@@ -149,7 +166,7 @@ CASES = (
         3,
         256,
         "shapes and point clouds: many points in space",
-        quick=Schedule(rounds=3, warmup=0, slow_rounds=1, budget=20, memory=_OURS),
+        quick=Schedule(rounds=2, warmup=0, slow_rounds=1, budget=20, memory=_OURS),
         full=Schedule(rounds=7, slow_rounds=2, budget=120),
     ),
     _case(
@@ -171,12 +188,31 @@ CASES = (
         full=Schedule(rounds=100, slow_rounds=10, budget=60),
     ),
     _case(
+        "sliced-forward-50000",
+        50000,
+        3,
+        256,
+        "the value alone: keys are sorted without their indices",
+        FORWARD_OP,
+        quick=Schedule(rounds=2, budget=10, timed=frozenset({"fastloss", "eager"}), memory=frozenset()),
+        full=Schedule(rounds=7, slow_rounds=2, budget=60),
+    ),
+    _case(
+        "sliced-memory-100000",
+        100000,
+        128,
+        1000,
+        "many directions: memory must not grow with their number",
+        quick=Schedule(rounds=0, timed=_OURS, memory=_OURS),
+        full=Schedule(rounds=2, slow_rounds=0, budget=60),
+    ),
+    _case(
         "sliced-weighted-50000",
         50000,
         3,
         256,
         "clouds of 50,000 and 37,123 points with weights, gradients in the weights included",
-        weighted=True,
+        WEIGHTED_OP,
         quick=Schedule(rounds=1, warmup=0, budget=20, timed=frozenset({"fastloss", "pot"}), memory=_OURS),
         full=Schedule(rounds=3, slow_rounds=1, budget=120),
     ),

@@ -317,10 +317,20 @@ struct Side {
   const int32_t* order;
   int64_t size, at;
   double end;
+  int64_t last;  // the last atom of positive weight
+
+  FASTLOSS_INLINE void start() {
+    at = 0;
+    end = 0;
+    last = size - 1;
+    if (weights)
+      while (last > 0 && !(weights[order[last]] > 0)) --last;
+    settle();
+  }
 
   FASTLOSS_INLINE void settle() {
-    if (at >= size - 1)
-      end = 1.0;  // the last atom takes what rounding left over
+    if (at >= last)
+      end = 1.0;  // it takes what rounding left over, and no infinite atom without weight beyond it
     else if (weights)
       end += weights[order[at]];
     else
@@ -332,10 +342,8 @@ struct Side {
 template <class T, int P, bool kSlope>
 double pair_merge(const T* u, const T* v, Side x, Side y, double p, double factor, T* gx, T* gy, T* f, T* g) {
   double total = 0, reached = 0, slope_x = 0, slope_y = 0, potential_x = 0, potential_y = 0;
-  x.at = y.at = 0;
-  x.end = y.end = 0;
-  x.settle();
-  y.settle();
+  x.start();
+  y.start();
   if (f) f[x.order[0]] = 0;
   if (g) g[y.order[0]] = 0;
   auto cost = [&](int64_t i, int64_t j) { return cost_of<P>(double(u[i]) - double(v[j]), p).value; };
@@ -476,7 +484,7 @@ double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const do
     sort_row<T, true>(y, m, range_y, s.v, s.v_order, s.buffers);
   else
     sort_row<T, false>(y, m, range_y, s.v, nullptr, s.buffers);
-  const Side side_x{a, s.u_order, n, 0, 0}, side_y{b, s.v_order, m, 0, 0};
+  const Side side_x{a, s.u_order, n, 0, 0, 0}, side_y{b, s.v_order, m, 0, 0, 0};
   if (!factor) return pair_merge<T, P, false>(s.u, s.v, side_x, side_y, p, 0, nullptr, nullptr, nullptr, nullptr);
   if (equal && !f && !g) {
     const double total = pair_equal<T, P, true>(s.u, s.v, n, p, *factor * p / double(n));
@@ -493,15 +501,19 @@ double transport_row(T* x, T* y, int64_t n, int64_t m, const double* a, const do
   return total;
 }
 
-// Slices are dealt to threads; each slice's result is its own, so the deal does not matter.
+// The next slice that nobody has taken. Each slice's result is its own, so it does not matter who takes it; a thread
+// that wakes late, or whose core is busy elsewhere, takes fewer.
+FASTLOSS_INLINE int64_t take(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
 template <class T>
 void transport(T* x, T* y, int64_t slices, int64_t n, int64_t m, const double* a, const double* b, double p,
                const double* factor, bool want_x, bool want_y, T* f, T* g, double* cost, void* scratch, int threads) {
   const int64_t stride = Scratch<T>::bytes(n, m);
+  int64_t next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     const Scratch<T> own(static_cast<char*>(scratch) + t * stride, n, m);
-    for (int64_t s = t; s < slices; s += threads) {
+    for (int64_t s = take(next); s < slices; s = take(next)) {
       const double* scale = factor ? factor + s : nullptr;
       T* fs = f ? f + s * n : nullptr;
       T* gs = g ? g + s * m : nullptr;
@@ -514,10 +526,11 @@ void transport(T* x, T* y, int64_t slices, int64_t n, int64_t m, const double* a
 template <class T>
 void sort(const T* x, int64_t slices, int64_t n, T* sorted, int32_t* order, void* scratch, int threads) {
   const int64_t stride = Scratch<T>::bytes(n, n);
+  int64_t next = 0;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     const Scratch<T> own(static_cast<char*>(scratch) + t * stride, n, n);
-    for (int64_t s = t; s < slices; s += threads) {
+    for (int64_t s = take(next); s < slices; s = take(next)) {
       const Range<T> range = range_of(x + s * n, n);
       if (range.nan) {
         fill(sorted + s * n, n, T(kNan));

@@ -2,7 +2,7 @@
 
 In one dimension the optimal coupling is monotone: W_p^p = int_0^1 |F^-1(q) - G^-1(q)|^p dq, a finite sum over the
 breakpoints of both cumulative weights, and (1/n) sum_i |x_(i) - y_(i)|^p for equal weights and sizes. Arguments are
-documented in `fastloss.sliced.functional` and are taken here as valid.
+documented in `fastloss.sliced` and are taken here as valid.
 """
 
 import math
@@ -176,6 +176,122 @@ def max_sliced_wasserstein_distance(
     costs = _costs(X_s, X_t, a, b, theta.T, p)
     value = _rooted(costs.max(), p, True)
     return (value, {"projections": theta, "projected_emds": costs}) if log else value
+
+
+def sliced_plans(
+    X_s: Tensor,
+    X_t: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    p: float = 1,
+    projections: Tensor | None = None,
+    n_projections: int | None = None,
+    seed: int | torch.Generator | None = None,
+    batch_size: int | None = None,
+    log: bool = False,
+) -> Any:
+    """Monotone plans of the projections, as lists of their positive entries, and their costs between the points."""
+    dense, costs, theta = _plans(X_s, X_t, a, b, metric, p, projections, n_projections, seed)
+    plans = [_entries(g) for g in dense]
+    log_dict = {"X_projection": X_s @ theta, "Y_projection": X_t @ theta, "projections": theta}
+    return (plans, costs, log_dict) if log else (plans, costs)
+
+
+def min_sliced_transport_plan(
+    X_s: Tensor,
+    X_t: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    projections: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    p: float = 2,
+    n_projections: int | None = None,
+    seed: int | torch.Generator | None = None,
+    batch_size: int | None = None,
+    dense: bool = False,
+    log: bool = False,
+) -> Any:
+    """The monotone plan with the lowest cost between the points, and this cost."""
+    plans, costs, theta = _plans(X_s, X_t, a, b, metric, p, projections, n_projections, seed)
+    best = int(costs.argmin())
+    plan = plans[best] if dense else _entries(plans[best])
+    log_dict = {
+        "projections": theta,
+        "costs": costs,
+        "min_projection": theta[:, best],
+        "X_min_projection": X_s @ theta[:, best],
+        "Y_min_projection": X_t @ theta[:, best],
+    }
+    return (plan, costs[best], log_dict) if log else (plan, costs[best])
+
+
+def expected_sliced_plan(
+    X_s: Tensor,
+    X_t: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    projections: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    p: float = 2,
+    n_projections: int | None = None,
+    beta: float = 0.0,
+    seed: int | torch.Generator | None = None,
+    dense: bool = False,
+    batch_size: int | None = None,
+    log: bool = False,
+) -> Any:
+    """Mean of the monotone plans with weights proportional to exp(-beta cost), and its cost between the points."""
+    plans, costs, theta = _plans(X_s, X_t, a, b, metric, p, projections, n_projections, seed)
+    weights = torch.softmax(-beta * costs, 0)
+    mean = (weights[:, None, None] * plans).sum(0)
+    cost = (mean * _distances(X_s, X_t, metric, p)).sum()
+    plan = mean if dense else _entries(mean)
+    log_dict = {"projections": theta, "costs": costs, "G": [_entries(g) for g in plans], "weights": weights}
+    return (plan, cost, log_dict) if log else (plan, cost)
+
+
+def _plans(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    metric: str,
+    p: float,
+    projections: Tensor | None,
+    count: int | None,
+    seed: int | torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense plans (L, n, m), costs (L,) and directions (d, L).
+
+    Sorted, an atom holds an interval of [0, 1]; the plan moves as much from i to j as their intervals overlap.
+    """
+    theta = _columns(x, count or 0, projections, seed)
+    plans = []
+    for u, v in zip((x @ theta).T, (y @ theta).T, strict=True):
+        i, j = u.sort(stable=True)[1], v.sort(stable=True)[1]
+        wa = torch.full_like(u, 1 / len(u)) if a is None else (a / a.sum())[i]
+        wb = torch.full_like(v, 1 / len(v)) if b is None else (b / b.sum())[j]
+        ends_a, ends_b = wa.cumsum(0)[:, None], wb.cumsum(0)[None]
+        overlap = torch.minimum(ends_a, ends_b) - torch.maximum(ends_a - wa[:, None], ends_b - wb[None])
+        plans.append(overlap.clamp(min=0)[i.argsort()][:, j.argsort()])
+    dense = torch.stack(plans)
+    return dense, (dense * _distances(x, y, metric, p)).sum((1, 2)), theta
+
+
+def _distances(x: Tensor, y: Tensor, metric: str, p: float) -> Tensor:
+    """(n, m) distances between all points."""
+    d = (x[:, None] - y[None]).abs()
+    if metric == "sqeuclidean":
+        return (d**2).sum(-1)
+    order = {"euclidean": 2, "cityblock": 1, "minkowski": p}[metric]
+    return _rooted((d**order).sum(-1), order, True)
+
+
+def _entries(plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masses, rows and columns of the positive entries."""
+    rows, cols = plan.nonzero(as_tuple=True)
+    return plan[rows, cols], rows, cols
 
 
 def sliced_wasserstein_sphere(

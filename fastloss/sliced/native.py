@@ -20,13 +20,12 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _scratch(u: Tensor, m: int) -> tuple[Tensor, int]:
-    """Buffers of the threads that share the slices of u (S, n) with rows of m atoms beside it."""
-    threads = max(1, min(torch.get_num_threads(), len(u)))
-    return torch.empty(_SCRATCH[u.dtype](u.shape[1], m, threads), dtype=torch.uint8), threads
-
-
 class _Epilogue:
+    def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:
+        """Buffers of the threads that share the slices of u (S, n) and v (S, m), and how many they are."""
+        threads = max(1, min(torch.get_num_threads(), len(u)))
+        return torch.empty(_SCRATCH[u.dtype](u.shape[1], v.shape[1], threads), dtype=torch.uint8), threads
+
     def transport(
         self,
         u: Tensor,
@@ -35,15 +34,16 @@ class _Epilogue:
         b: Tensor | None,
         p: float,
         factor: Tensor | None,
+        cost: Tensor,
+        scratch: tuple[Tensor, int],
         want_u: bool,
         want_v: bool,
         want_a: bool,
         want_b: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        cost = torch.empty(len(u), dtype=torch.float64)
+    ) -> tuple[Tensor | None, Tensor | None]:
         f = torch.empty_like(u) if want_a else None
         g = torch.empty_like(v) if want_b else None
-        scratch, threads = _scratch(u, v.shape[1])
+        buffers, threads = scratch
         _TRANSPORT[u.dtype](
             u.data_ptr(),
             v.data_ptr(),
@@ -59,16 +59,16 @@ class _Epilogue:
             _address(f),
             _address(g),
             cost.data_ptr(),
-            scratch.data_ptr(),
+            buffers.data_ptr(),
             threads,
         )
-        return cost, f, g
+        return f, g
 
     def sort(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, order = torch.empty_like(u), torch.empty(u.shape, dtype=torch.int32)
-        scratch, threads = _scratch(u, u.shape[1])
+        buffers, threads = self.scratch(u, u)
         _SORT[u.dtype](
-            u.data_ptr(), len(u), u.shape[1], values.data_ptr(), order.data_ptr(), scratch.data_ptr(), threads
+            u.data_ptr(), len(u), u.shape[1], values.data_ptr(), order.data_ptr(), buffers.data_ptr(), threads
         )
         return values, order
 

@@ -14,14 +14,27 @@ All are differentiable once, in the points, the directions and the weights. Work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastloss._ops import LIBRARY, accumulation_dtype, batch, define, distinct, needs_grad, once, runner, save_unseen
+from fastloss._ops import (
+    LIBRARY,
+    accumulation_dtype,
+    batch,
+    define,
+    distinct,
+    needs_grad,
+    no_second_derivative,
+    once,
+    runner,
+    save_unseen,
+)
 
 WAITING_BYTES = 32 << 20
+STREAM_ROWS = 256
 
 _NEEDS = "bool need_x, bool need_y, bool need_theta, bool need_a, bool need_b"
 _SCHEMAS = {
@@ -199,13 +212,55 @@ def sliced_mean(
     return result
 
 
-def sliced_mean_and_gradients(
-    x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float, needs: tuple[bool, ...]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The value of :func:`sliced_mean` and its gradients in x, y, a and b, where needed; not differentiable."""
-    need_x, need_y, need_a, need_b = needs
-    mean, grad_x, grad_y, _, grad_a, grad_b = _mean(x, y, theta, a, b, p, need_x, need_y, False, need_a, need_b)
-    return mean, _only((grad_x, grad_y, grad_a, grad_b), needs)
+class _StreamedMean(torch.autograd.Function):
+    """Mean over blocks of directions drawn as they are used; the gradients are summed as the blocks come."""
+
+    @staticmethod
+    def forward(ctx: Any, draw: Callable[[int], Tensor], count: int, p: float, *tensors: Tensor | None) -> Tensor:
+        needs = ctx.needs_input_grad[3:]
+        need_x, need_y, need_a, need_b = needs
+        x, y, a, b = tensors
+        assert x is not None
+        assert y is not None
+        total = _like(x, (len(x),)).zero_()
+        sums: list[Tensor | None] = [None] * len(tensors)
+        for start in range(0, count, STREAM_ROWS):
+            rows = min(STREAM_ROWS, count - start)
+            mean, grad_x, grad_y, _, grad_a, grad_b = _mean(
+                x, y, draw(rows), a, b, p, need_x, need_y, False, need_a, need_b
+            )
+            total.add_(mean, alpha=rows / count)
+            for k, g in enumerate(_only((grad_x, grad_y, grad_a, grad_b), needs)):
+                if g is not None:
+                    before = sums[k]
+                    sums[k] = g.mul_(rows / count) if before is None else before.add_(g, alpha=rows / count)
+        ctx.save_for_backward(*[s for s in sums if s is not None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise no_second_derivative("sliced")
+        saved = iter(ctx.saved_tensors)
+        result: list[Tensor | None] = []
+        for need in ctx.needs_input_grad[3:]:
+            g = next(saved) if need else None
+            result.append(None if g is None else g * grad.reshape(-1, *[1] * (g.dim() - 1)))
+        return (None, None, None, *result)
+
+
+def streamed_mean(
+    x: Tensor,
+    y: Tensor,
+    draw: Callable[[int], Tensor],  # so many directions, in the accumulation dtype
+    count: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    p: float,
+) -> Tensor:
+    """:func:`sliced_mean` over `count` directions of which no more than STREAM_ROWS exist at a time."""
+    result: Tensor = _StreamedMean.apply(draw, count, p, x, y, a, b)
+    return result
 
 
 def sliced_costs(x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:

@@ -24,13 +24,13 @@ def _slope(d: Tensor, p: float) -> Tensor:
 
 
 def _ends(weights: Tensor | None, order: Tensor) -> Tensor:
-    """Cumulative weights of each slice in float64; the last is one."""
+    """Cumulative weights of each slice in float64; one from the last atom of positive weight on."""
     n = order.shape[1]
     if weights is None:
-        ends = (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).expand(order.shape)
-    else:
-        ends = weights[order].cumsum(1)
-    return torch.cat([ends[:, :-1], torch.ones_like(ends[:, :1])], 1).contiguous()
+        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
+    weights = weights[order]
+    left = (weights > 0).flip(1).cumsum(1).flip(1)  # atoms of positive weight from here on
+    return weights.cumsum(1).masked_fill_((left == 0) | ((left == 1) & (weights > 0)), 1.0)
 
 
 def _potential(u: Tensor, v: Tensor, ends: Tensor, other: Tensor, p: float) -> Tensor:
@@ -52,6 +52,9 @@ def _centred(f: Tensor, order: Tensor, weights: Tensor | None, factor: Tensor, d
 
 
 class _Epilogue:
+    def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:
+        return u.new_empty(0), 0
+
     def transport(
         self,
         u: Tensor,
@@ -60,11 +63,13 @@ class _Epilogue:
         b: Tensor | None,
         p: float,
         factor: Tensor | None,
+        cost: Tensor,
+        scratch: tuple[Tensor, int],
         want_u: bool,
         want_v: bool,
         want_a: bool,
         want_b: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         us, u_order = u.sort(dim=1, stable=True)
         vs, v_order = v.sort(dim=1, stable=True)
         broken = us[:, -1:].isnan() | vs[:, -1:].isnan()  # NaN sorts last
@@ -72,7 +77,7 @@ class _Epilogue:
         if a is None and b is None and u.shape[1] == v.shape[1]:
             n = u.shape[1]
             d = us - vs
-            cost = _power(d, p).mean(1, dtype=torch.float64)
+            cost.copy_(_power(d, p).mean(1, dtype=torch.float64))
             if factor is not None:
                 slope = _slope(d, p) * (factor * p / n).to(d.dtype).unsqueeze(1)
                 if want_u:
@@ -86,7 +91,7 @@ class _Epilogue:
             i = torch.searchsorted(a_ends, ends).clamp_(max=u.shape[1] - 1)
             j = torch.searchsorted(b_ends, ends).clamp_(max=v.shape[1] - 1)
             d = (us.gather(1, i) - vs.gather(1, j)).double()
-            cost = torch.where(mass > 0, mass * _power(d, p), 0).sum(1)
+            cost.copy_(torch.where(mass > 0, mass * _power(d, p), 0).sum(1))
             if factor is not None:
                 slope = torch.where(mass > 0, mass * _slope(d, p), 0) * (factor * p).unsqueeze(1)
                 for row, order, at, want, sign in ((u, u_order, i, want_u, 1), (v, v_order, j, want_v, -1)):
@@ -97,12 +102,12 @@ class _Epilogue:
                     f = _centred(_potential(us, vs, a_ends, b_ends, p), u_order, a, factor, u.dtype)
                 if want_b:
                     g = _centred(_potential(vs, us, b_ends, a_ends, p), v_order, b, factor, u.dtype)
-        cost = cost.masked_fill_(broken[:, 0], torch.nan)
+        cost.masked_fill_(broken[:, 0], torch.nan)
         if factor is not None:
             for out, want in ((u, want_u), (v, want_v), (f, want_a), (g, want_b)):
                 if want and out is not None:
                     out.masked_fill_(broken, torch.nan)
-        return cost, f, g
+        return f, g
 
     def sort(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, order = u.sort(dim=1, stable=True)

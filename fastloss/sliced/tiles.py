@@ -17,6 +17,9 @@ LEAST_SLICES = 4
 
 
 class Epilogue(Protocol):
+    def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:  # for rows like these; what is in it is its own
+        ...
+
     def transport(
         self,
         u: Tensor,  # (S, n) projections; overwritten by their gradients if `factor` is given
@@ -25,11 +28,13 @@ class Epilogue(Protocol):
         b: Tensor | None,  # (m,)
         p: float,
         factor: Tensor | None,  # (S,) float64: derivative of the loss in each slice's cost
+        cost: Tensor,  # (S,) float64, written
+        scratch: tuple[Tensor, int],
         want_u: bool,
         want_v: bool,
         want_a: bool,
         want_b: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # cost (S,) float64, factor * potentials (S, n) and (S, m)
+    ) -> tuple[Tensor | None, Tensor | None]:  # factor * potentials (S, n) and (S, m)
         ...
 
     def sort(self, u: Tensor) -> tuple[Tensor, Tensor]:  # sorted (S, n), order (S, n) int32
@@ -64,6 +69,7 @@ def sweep(
     need_x, need_y, need_theta, need_a, need_b = needs
     weights_a, total_a = _unit_sum(a)
     weights_b, total_b = _unit_sum(b)
+    # All made before the loop: large buffers that come and go between small ones that stay leave holes in the heap.
     costs = torch.empty(slices, dtype=torch.float64, device=x.device)
     grad_x = x.new_zeros(x.shape if need_x else (0,))
     grad_y = y.new_zeros(y.shape if need_y else (0,))
@@ -72,25 +78,27 @@ def sweep(
     grad_b = torch.zeros(m if need_b else 0, dtype=torch.float64, device=x.device)
     step = slices_at_a_time(slices, (n + m) * (2 if need_a or need_b else 1), x.element_size())
     u_rows, v_rows = x.new_empty((min(step, slices), n)), x.new_empty((min(step, slices), m))
+    scratch = epilogue.scratch(u_rows, v_rows)
     for start in range(0, slices, step):
         block = theta[start : start + step]
         u, v = u_rows[: len(block)], v_rows[: len(block)]
         torch.mm(block, x.t(), out=u)
         torch.mm(block, y.t(), out=v)
         want_u, want_v = need_x or need_theta, need_y or need_theta
-        cost, f, g = epilogue.transport(
+        f, g = epilogue.transport(
             u,
             v,
             weights_a,
             weights_b,
             p,
             None if factor is None else factor[start : start + step].contiguous(),
+            costs[start : start + step],
+            scratch,
             want_u,
             want_v,
             need_a,
             need_b,
         )
-        costs[start : start + step] = cost
         if factor is None:
             continue
         if need_x:
@@ -103,14 +111,12 @@ def sweep(
             grad_a += f.sum(0, dtype=torch.float64)
         if g is not None:
             grad_b += g.sum(0, dtype=torch.float64)
-    weight_dtype = x.dtype
-    return costs, [
-        grad_x,
-        grad_y,
-        grad_theta,
-        (grad_a / total_a).to(weight_dtype),
-        (grad_b / total_b).to(weight_dtype),
-    ]
+    if need_a:
+        grad_a /= total_a
+    if need_b:
+        grad_b /= total_b
+    gradients = [grad_x, grad_y, grad_theta, grad_a.to(x.dtype), grad_b.to(x.dtype)]
+    return costs, gradients
 
 
 def _accumulation(x: Tensor) -> Tensor:
@@ -140,6 +146,11 @@ def mean_forward(
         costs, found = sweep(epilogue, one_x, one_y, directions, _element(a, i), _element(b, i), p, factor, wanted)
         means.append(costs.mean().to(directions.dtype))
         grads.append(found)
+    if len(x) == 1:  # handed on, not copied
+        return (
+            means[0].unsqueeze(0),
+            *(g.unsqueeze(0) if need else g for need, g in zip(wanted, grads[0], strict=True)),
+        )
     shapes = (x.shape, y.shape, (len(x), *theta.shape), x.shape[:2], y.shape[:2])
     stacked = [
         torch.stack([g[k] for g in grads]) if need and grads else directions.new_empty(shapes[k] if need else (0,))
@@ -151,14 +162,20 @@ def mean_forward(
 def mean_backward(grad: Tensor, x: Tensor, y: Tensor, theta: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
     grad_x, grad_y, grad_theta, grad_a, grad_b = grads
     row, cloud = grad[:, None], grad[:, None, None]
+
+    def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        return (gradient * factor).to(dtype) if gradient.dim() > 1 else gradient.new_empty((0,), dtype=dtype)
+
+    if grad_theta.dim() > 1 and len(grad) != 1:
+        grad_theta = (grad_theta * cloud).sum(0).to(theta.dtype)
+    else:
+        grad_theta = scaled(grad_theta.squeeze(0), grad, theta.dtype)
     return (
-        (grad_x * cloud).to(x.dtype) if grad_x.dim() > 1 else torch.empty_like(grad_x, dtype=x.dtype),
-        (grad_y * cloud).to(y.dtype) if grad_y.dim() > 1 else torch.empty_like(grad_y, dtype=y.dtype),
-        (grad_theta * cloud).sum(0).to(theta.dtype)
-        if grad_theta.dim() > 1
-        else torch.empty_like(grad_theta, dtype=theta.dtype),
-        grad_a * row if grad_a.dim() > 1 else torch.empty_like(grad_a),
-        grad_b * row if grad_b.dim() > 1 else torch.empty_like(grad_b),
+        scaled(grad_x, cloud, x.dtype),
+        scaled(grad_y, cloud, y.dtype),
+        grad_theta,
+        scaled(grad_a, row, grad_a.dtype),
+        scaled(grad_b, row, grad_b.dtype),
     )
 
 

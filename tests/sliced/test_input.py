@@ -1,0 +1,350 @@
+"""Hostile input, transforms, dtypes and memory: what the values in test_values.py do not touch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import ot
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from fastloss.sliced import ops
+from tests import support
+
+reference = fastloss.reference
+THETA = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]], dtype=torch.float64)
+
+
+def assert_equal_to_rounding(actual: Tensor, expected: Tensor, **options: float) -> None:
+    support.assert_equal_to_rounding(actual.detach(), expected.detach(), **options)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clouds(n: int = 30, m: int = 20, d: int = 2) -> tuple[Tensor, Tensor]:
+    g = generator()
+    return torch.randn(n, d, generator=g, dtype=torch.float64), torch.randn(m, d, generator=g, dtype=torch.float64) + 1
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("p", [1, 2, 2.5])
+@pytest.mark.parametrize("m", [7, 5])
+def test_gradients_in_points_weights_and_projections_are_finite_differences(
+    backend: str, m: int, p: float, weighted: bool
+) -> None:
+    x, y = clouds(7, m)
+    a, b = (torch.randn(n, dtype=torch.float64, generator=generator(n)) for n in (7, m))
+
+    def loss(x: Tensor, y: Tensor, theta: Tensor, *logits: Tensor) -> Tensor:
+        names = ("x_weights", "y_weights")
+        weights = dict(zip(names, (w.softmax(0) for w in logits), strict=False))  # every perturbation sums to one
+        return fastloss.sliced_wasserstein(x, y, p=p, projections=theta, root=True, **weights)
+
+    leaves = [t.clone().requires_grad_() for t in (x, y, THETA, *((a, b) if weighted else ()))]
+    assert torch.autograd.gradcheck(loss, leaves)
+    if p == 2:
+
+        def energy(*leaves: Tensor) -> Tensor:
+            x, y, theta, *logits = leaves
+            weights = dict(zip(("x_weights", "y_weights"), (w.softmax(0) for w in logits), strict=False))
+            return fastloss.energy_sliced_wasserstein(x, y, projections=theta, detach_weights=False, **weights)
+
+        assert torch.autograd.gradcheck(energy, leaves)
+
+
+def test_second_derivatives_raise() -> None:
+    x, y = clouds()
+    x.requires_grad_()
+    for call in (
+        lambda: fastloss.sliced_wasserstein(x, y, projections=THETA),
+        lambda: fastloss.energy_sliced_wasserstein(x, y, projections=THETA),
+        lambda: fastloss.sliced_wasserstein_matrix(x[None], y[None], projections=THETA).sum(),
+        lambda: fastloss.sliced_gromov_wasserstein(x, y.repeat(2, 1)[:30], projections=THETA),
+    ):
+        # The value raises for being asked to keep a graph, or its gradient for being differentiated.
+        with pytest.raises(RuntimeError, match="the sliced losses have no second derivative"):
+            torch.autograd.grad(torch.autograd.grad(call(), x, create_graph=True)[0].sum(), x)
+
+
+# ---------------------------------------------------------------- hostile values
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_identical_clouds_give_every_function_zero_and_gradient_zero(p: int, weighted: bool) -> None:
+    x = clouds()[0].requires_grad_()
+    y = x.detach()
+    a = torch.randn(30, dtype=torch.float64, generator=generator(2)).softmax(0) if weighted else None
+    theta = {"projections": THETA}
+    values = {
+        "sliced_wasserstein": fastloss.sliced_wasserstein(
+            x, y, p=p, x_weights=a, y_weights=a, n_projections=7, streaming=True, root=True
+        ),
+        "max": fastloss.max_sliced_wasserstein(x, y, p=p, x_weights=a, y_weights=a, root=True),
+        "distance": fastloss.sliced_wasserstein_distance(x, y, a, a, p=p, projections=THETA.T),
+        "log": fastloss.sliced_wasserstein_distance(x, y, a, a, p=p, projections=THETA.T, log=True)[0],
+        "max distance": fastloss.max_sliced_wasserstein_distance(x, y, a, a, p=p, projections=THETA.T),
+        "matrix": fastloss.sliced_wasserstein_matrix(x[None], y[None], p=p, root=True, **theta).sum(),
+        "gromov": fastloss.sliced_gromov_wasserstein(x, y, **theta),
+        "plan": fastloss.min_sliced_transport_plan(x, y, a, a, metric="minkowski", p=p, projections=THETA.T)[1],
+    }
+    for energy in ("exp", "identity", "square"):
+        values[energy] = fastloss.energy_sliced_wasserstein(
+            x, y, p=p, x_weights=a, y_weights=a, energy=energy, root=True, **theta
+        )
+    scale = 100 * torch.finfo(torch.float64).eps
+    for name, value in values.items():
+        (grad,) = torch.autograd.grad(value, x)
+        assert float(value.detach()) <= (scale if name == "gromov" else 0), name
+        assert float(grad.abs().max()) <= (scale if name == "gromov" else 0), name
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_equal_projections_and_duplicated_points(backend: str, weighted: bool) -> None:
+    """Every projection ties: any pairing is right, and the loss is that of the shift."""
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64).expand(40, 2)
+    y = x[:25] + torch.tensor([3.0, 4.0], dtype=torch.float64)
+    weights = {}
+    if weighted:
+        weights = {"x_weights": torch.rand(40, generator=generator(), dtype=torch.float64).softmax(0)}
+    got = fastloss.sliced_wasserstein(x, y, projections=THETA, **weights)
+    want = (THETA @ torch.tensor([3.0, 4.0], dtype=torch.float64)).square().mean()
+    assert_equal_to_rounding(got, want, terms=100)
+    mixed = torch.cat([x, x + 1])[torch.randperm(80, generator=generator(1))].requires_grad_()
+    got, want = (f.sliced_wasserstein(mixed, y, projections=THETA) for f in (fastloss, reference))
+    assert_equal_to_rounding(got, want, terms=200)
+    # Points that tie may be paired in any order: the sums of their gradients are what is defined.
+    g, w = (torch.autograd.grad(value, mixed)[0] for value in (got, want))
+    for member in (mixed[:, 0] == 1, mixed[:, 0] == 2):
+        assert_equal_to_rounding(g[member].sum(0), w[member].sum(0), terms=800)
+
+
+def test_infinite_points_give_an_infinite_or_undefined_loss_and_nothing_worse(backend: str) -> None:
+    x, y = clouds(30, 30)
+    x, y, theta = x[:, :1].clone(), y[:, :1].clone(), torch.ones(1, 1, dtype=torch.float64)
+    x[3] = torch.inf
+    assert fastloss.sliced_wasserstein(x, y, projections=theta) == torch.inf
+    assert fastloss.sliced_wasserstein(x, y[:20], projections=theta) == torch.inf
+    y[7] = torch.inf  # inf - inf
+    assert fastloss.sliced_wasserstein(x, y, projections=theta).isnan()
+    a = torch.full((30,), 1 / 29, dtype=torch.float64)
+    a[3] = 0  # no mass, no cost
+    y[7] = 0
+    for far in (torch.inf, -torch.inf):
+        x[3] = far
+        assert fastloss.sliced_wasserstein(x, y, projections=theta, x_weights=a).isfinite()
+        assert fastloss.sliced_wasserstein(y, x, projections=theta, y_weights=a).isfinite()
+        assert fastloss.min_sliced_transport_plan(x, y, a, projections=theta)[1].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_denormals_and_signed_zeros(backend: str, dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal
+    x = torch.arange(-20, 20, dtype=dtype)[:, None] * (tiny / 64)
+    theta = torch.ones(1, 1, dtype=dtype)
+    order = torch.randperm(40, generator=generator())
+    assert fastloss.sliced_wasserstein(x[order], x, p=1, projections=theta) == 0
+    shifted = fastloss.sliced_wasserstein(x[order], x + tiny / 64, p=1, projections=theta)
+    assert_equal_to_rounding(shifted.double(), torch.tensor(tiny / 64, dtype=torch.float64), terms=40)
+    zero = torch.zeros(40, 1, dtype=dtype)
+    signs = torch.where(torch.rand(40, 1, generator=generator()) < 0.5, zero, -zero)
+    assert fastloss.sliced_wasserstein(signs, zero[:33], p=1, projections=theta) == 0
+
+
+# ---------------------------------------------------------------- conventions
+
+
+@pytest.mark.parametrize("name", ["sliced_wasserstein_distance", "max_sliced_wasserstein_distance"])
+def test_seed_may_be_a_generator_and_none_draws_from_torch(name: str) -> None:
+    x, y = clouds()
+    ours, theirs = generator(11), generator(11)
+    function, peer = getattr(fastloss, name), getattr(ot, name)
+    for _ in range(2):  # the generator advances
+        assert_equal_to_rounding(function(x, y, seed=ours), peer(x, y, seed=theirs), terms=500)
+    torch.manual_seed(3)
+    first = function(x, y)
+    torch.manual_seed(3)
+    assert torch.equal(function(x, y), first)
+    assert not torch.equal(function(x, y), first)
+    before = torch.get_rng_state()
+    function(x, y, seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "a seed is for its call alone"
+
+
+@pytest.mark.parametrize(
+    "name", ["sliced_wasserstein_distance", "max_sliced_wasserstein_distance", "sliced_wasserstein_sphere"]
+)
+def test_signatures_are_pots(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(package, name)).parameters for package in (fastloss, ot))
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+
+
+@pytest.mark.parametrize("name", ["sliced_plans", "min_sliced_transport_plan", "expected_sliced_plan"])
+def test_signatures_of_plans_are_pots_but_for_dense(name: str) -> None:
+    ours = inspect.signature(getattr(fastloss, name)).parameters
+    theirs = inspect.signature(getattr(ot.sliced, name)).parameters
+    assert list(ours) == list(theirs)
+    assert {p.name for p in ours.values() if p.default != theirs[p.name].default} <= {"dense"}
+
+
+def test_same_generator_same_directions() -> None:
+    x, y = clouds()
+    for sampler in ("random", "orthogonal", "qmc"):
+        one, two, other = (
+            fastloss.sliced_wasserstein(x, y, sampler=sampler, generator=generator(seed)) for seed in (1, 1, 2)
+        )
+        assert torch.equal(one, two)
+        assert not torch.equal(one, other)
+
+
+def test_module_is_the_function() -> None:
+    x, y = clouds()
+    a, b = (torch.rand(k, dtype=torch.float64, generator=generator(k)) for k in (30, 20))
+    weights = {"x_weights": a / a.sum(), "y_weights": b / b.sum()}
+    options = {"n_projections": 9, "p": 1.5, "sampler": "orthogonal", "root": True, "streaming": True}
+    module = fastloss.SlicedWassersteinLoss(**options, generator=generator(4))
+    want = fastloss.sliced_wasserstein(x, y, **options, generator=generator(4), **weights)
+    assert torch.equal(module(x, y, **weights), want)
+    batch = x.expand(3, -1, -1)
+    module = fastloss.SlicedWassersteinLoss(projections=THETA, reduction="none")
+    assert torch.equal(module(batch, y), fastloss.sliced_wasserstein(batch, y, projections=THETA, reduction="none"))
+    assert list(module.state_dict()) == ["projections"]
+    assert copy.deepcopy(module).to(torch.float32).projections.dtype == torch.float32
+    parameters = inspect.signature(fastloss.SlicedWassersteinLoss.__init__).parameters
+    function = inspect.signature(fastloss.sliced_wasserstein).parameters
+    assert set(parameters) - {"self"} == set(function) - {"x", "y", "x_weights", "y_weights"}
+    assert all(p.default == function[p.name].default for p in parameters.values() if p.name != "self")
+    with pytest.raises(ValueError, match="SlicedWassersteinLoss: `reduction` must be"):
+        fastloss.SlicedWassersteinLoss(reduction="max")
+
+
+# ---------------------------------------------------------------- transforms
+
+
+def test_compile_func_and_vmap() -> None:
+    x, y = clouds()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return fastloss.sliced_wasserstein(x, y, projections=THETA, root=True)
+
+    want = torch.autograd.grad(loss(x.requires_grad_(), y), x)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(x, y), x)[0], want)
+    assert torch.equal(torch.func.grad(loss)(x.detach(), y), want)
+    batch = torch.stack([x.detach(), 2 * x.detach(), -x.detach()])
+    got = torch.func.vmap(loss, in_dims=(0, None))(batch, y)
+    assert_equal_to_rounding(got, torch.stack([loss(one, y) for one in batch]), terms=10)
+    per_cloud = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(batch, y)
+    assert_equal_to_rounding(per_cloud[0], want, terms=100)
+
+
+def test_autocast_and_strides(backend: str) -> None:
+    x, y = (t.float() for t in clouds(40, 40, 6))
+    theta = torch.randn(5, 6, generator=generator())
+    want = fastloss.sliced_wasserstein(x, y, projections=theta)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastloss.sliced_wasserstein(x, y, projections=theta), want)
+    wide = torch.zeros(40, 12)
+    wide[:, ::2] = x
+    strided = wide[:, ::2]
+    flipped = y.T.contiguous().T
+    assert not strided.is_contiguous()
+    got = fastloss.sliced_wasserstein(strided, flipped, projections=theta.T.contiguous().T)
+    assert_equal_to_rounding(got, want, terms=40)
+    mixed = fastloss.sliced_wasserstein(x.double(), y, projections=theta)
+    assert mixed.dtype == torch.float64
+    assert fastloss.sliced_wasserstein(x.bfloat16(), y.half(), projections=theta).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_streaming_memory_does_not_grow_with_the_number_of_directions() -> None:
+    x, y = (t.float().requires_grad_() for t in clouds(50, 40, 512))
+
+    def peak(count: int, streaming: bool) -> int:
+        def run() -> None:
+            loss = fastloss.sliced_wasserstein(x, y, n_projections=count, streaming=streaming, generator=generator())
+            torch.autograd.grad(loss, (x, y))
+
+        return support.peak_bytes(run)
+
+    few, many = peak(1024, True), peak(8192, True)
+    assert many <= few * 1.01
+    assert peak(8192, False) > few + 8192 * 512 * 4  # without it, the directions are stored
+
+
+def test_soft_correspondence_does_not_store_the_matrix() -> None:
+    n, d = 4096, 32
+    x, y = (torch.randn(n, d, generator=generator(seed)).requires_grad_() for seed in (0, 1))
+
+    def run(function: Any) -> int:
+        return support.peak_bytes(lambda: torch.autograd.grad(function(x, y, 0.5).square().sum(), (x, y)))
+
+    assert run(fastloss.soft_correspondence) < n * n * 4 / 4
+    assert run(reference.soft_correspondence) > n * n * 4  # the test can fail
+
+
+def test_shape_matching_pipeline_is_linear_in_memory() -> None:
+    """The pipeline of the paper: soft correspondence, then the distance."""
+    n, d = 4096, 32
+    x, y = (torch.randn(n, d, generator=generator(seed)).requires_grad_() for seed in (0, 1))
+
+    def run() -> None:
+        loss = fastloss.sliced_wasserstein(x, fastloss.soft_correspondence(x, y, 0.5), generator=generator(2))
+        torch.autograd.grad(loss, (x, y))
+
+    assert support.peak_bytes(run) < n * n * 4 / 2
+
+
+def test_matrix_sorts_every_slice_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastloss.sliced import functional
+
+    calls: list[int] = []
+
+    def counted(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(x))
+        return ops.sort_slices(x, theta)
+
+    monkeypatch.setattr(functional, "sort_slices", counted)
+    xs = torch.randn(5, 30, 2, generator=generator(), dtype=torch.float64)
+    fastloss.sliced_wasserstein_matrix(xs, projections=THETA)
+    assert calls == [30] * 5
+
+
+def test_weights_that_sum_to_one_but_for_rounding_are_divided_by_their_sum(backend: str) -> None:
+    """float32 allows 1e-4: the loss is that of the normalised weights, and its gradient has their factor."""
+    x, y = (t.float() for t in clouds())
+    exact = [torch.rand(k, generator=generator(k)).softmax(0) for k in (30, 20)]
+    scale = 1 + 8e-5
+    results = []
+    for factor in (1.0, scale):
+        a, b = (w.mul(factor).requires_grad_() for w in exact)
+        loss = fastloss.sliced_wasserstein(x, y, projections=THETA.float(), x_weights=a, y_weights=b)
+        results.append([loss.detach(), *(factor * g for g in torch.autograd.grad(loss, (a, b)))])
+    for got, want in zip(*results, strict=True):
+        assert_equal_to_rounding(got, want, terms=200)
+
+
+def test_nan_without_weight_is_still_nan(backend: str) -> None:
+    x, y = clouds()
+    x[3, 0] = torch.nan
+    a = torch.full((30,), 1 / 29, dtype=torch.float64)
+    a[3] = 0
+    x.requires_grad_()
+    loss = fastloss.sliced_wasserstein(x, y, projections=THETA[:2], x_weights=a)
+    assert bool(loss.isnan())
+    assert bool(torch.autograd.grad(loss, x)[0].isnan().all())
+    with torch.no_grad():
+        assert bool(fastloss.sliced_wasserstein(x, y, projections=THETA[:2], x_weights=a).isnan())

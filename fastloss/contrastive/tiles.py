@@ -33,6 +33,8 @@ PANEL_BYTES = 32 << 20
 PANEL_ROWS = 128
 # Its gradients wait for the upstream factor, which makes new ones of them: up to this size speed is worth the copy.
 WAITING_BYTES = 32 << 20
+# Rows that many tiles ask for are normalised once and held, up to this size.
+HELD_BYTES = 16 << 20
 
 
 class Mask(NamedTuple):
@@ -139,9 +141,9 @@ class Epilogue(Protocol):
 
 
 class Side:
-    """The rows of one input, cast to the accumulation dtype and normalised block by block on demand."""
+    """The rows of one input, cast to the accumulation dtype and normalised: block by block on demand, or held."""
 
-    def __init__(self, x: Tensor, normalize: bool, block: int) -> None:
+    def __init__(self, x: Tensor, normalize: bool, block: int, hold: bool = False) -> None:
         self.x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.direct = not normalize and x.dtype == self.dtype
@@ -150,15 +152,19 @@ class Side:
             norm = torch.linalg.vector_norm(self.x, dim=1, dtype=self.dtype)
             # A row of exactly zero stays zero and gets no gradient (1 / eps would make it 1e12).
             self.inverse_norm = torch.where(norm == 0, norm, norm.clamp(min=NORM_EPS).reciprocal()).unsqueeze(1)
-        rows = 0 if self.direct else min(block, x.shape[0])
+        hold = hold and x.numel() * self.dtype.itemsize <= HELD_BYTES
+        rows = 0 if self.direct else x.shape[0] if hold else min(block, x.shape[0])
         self.scratch = torch.empty((rows, x.shape[1]), dtype=self.dtype, device=x.device)
+        self.held = self._write(self.x, self.scratch) if hold and not self.direct else None
 
     def __getitem__(self, part: slice) -> Tensor:
         """Rows `part`, (rows, D); valid until the next call."""
+        if self.held is not None:
+            return self.held[part]
         block = self.x[part]
-        if self.direct:
-            return block
-        out = self.scratch[: block.shape[0]]
+        return block if self.direct else self._write(block, self.scratch[: block.shape[0]], part)
+
+    def _write(self, block: Tensor, out: Tensor, part: slice = slice(None)) -> Tensor:
         if self.inverse_norm is None:
             return out.copy_(block)
         return torch.mul(block, self.inverse_norm[part], out=out)
@@ -222,7 +228,7 @@ def lse_forward(
     and (2, N) or (2, 0), and the first `keep` similarities, tile by tile, (keep,).
     """
     m, n = q.shape[0], k.shape[0]
-    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS)
+    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS, hold=True)
     row = Softmax.start(row_scale, m)
     col = None if col_scale is None else Softmax.start(col_scale, n)
     diagonal = row.max.new_empty((min(m, n),))
@@ -264,7 +270,7 @@ def lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and of the scales per row (M,) and per column (N,); (0,) for what is not needed."""
     m, n = q.shape[0], k.shape[0]
-    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS)
+    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS, hold=True)
     row = Gradient.start(row_scale, row_stats, grad_row, need_scale)
     col = None if col_scale is None else Gradient.start(col_scale, col_stats, grad_col, need_scale)
     dtype = left.dtype
@@ -317,7 +323,7 @@ def self_lse_forward(
 ) -> tuple[Tensor, Tensor]:
     """log sum over j != i of exp(scale_i c_ij), (M,), and the statistics (2, M). Each c_ij = c_ji is computed once."""
     n = x.shape[0]
-    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE)
+    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE, hold=True)
     state = Softmax.start(scale, n)
     scratch = state.max.new_empty((min(n, SELF_TILE) ** 2,))
     for i in blocks(n, SELF_TILE):
@@ -342,7 +348,7 @@ def self_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the scale per row."""
     n = x.shape[0]
-    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE)
+    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE, hold=True)
     state = Gradient.start(scale, stats, grad, need_scale)
     total = torch.zeros(x.shape, dtype=left.dtype, device=x.device) if need_x else stats.new_empty((0,))
     scratch = stats.new_empty((min(n, SELF_TILE) ** 2,))
@@ -387,7 +393,7 @@ def pair_nll(
     """
     m, n = q.shape[0], k.shape[0]
     height = max(m, 1) if symmetric else max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
-    left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
+    left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS, hold=True)
     dtype = left.dtype
     directions = 2 if symmetric else 1
     empty = scale.new_empty((0,))

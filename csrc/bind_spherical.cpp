@@ -27,6 +27,12 @@ void gradient(Address x, std::int64_t x_stride, Address g, std::int64_t g_stride
       at<const T>(low), at<const T>(shift), at<const T>(scale), at<const T>(spike), threads);
 }
 
+template <class T>
+void symmetric_update(Address x, Address change, std::int64_t n, T scale, int threads) {
+  fastloss::cpu::chosen_table<fastloss::cpu::SphericalKernels<T>>().symmetric_update(at<T>(x), at<const T>(change), n,
+                                                                                     scale, threads);
+}
+
 // Asks for huge pages in fresh memory, whose first touch otherwise costs several times the writing. Advice only: where
 // it is not taken, nothing changes.
 void advise_huge_pages(Address begin, std::size_t bytes) {
@@ -48,4 +54,6 @@ void fastloss::bind_spherical(pybind11::module_& m) {
   m.def("spherical_moments_double", &moments<double>, Unlocked());
   m.def("spherical_gradient_float", &gradient<float>, Unlocked());
   m.def("spherical_gradient_double", &gradient<double>, Unlocked());
+  m.def("spherical_symmetric_update_float", &symmetric_update<float>, Unlocked());
+  m.def("spherical_symmetric_update_double", &symmetric_update<double>, Unlocked());
 }

@@ -24,6 +24,9 @@ struct SphericalKernels {
   void (*gradient)(const T* x, int64_t x_stride, T* g, int64_t g_stride, int64_t rows, int64_t cols,
                    const int64_t* target, const T* high, const T* low, const T* shift, const T* scale, const T* spike,
                    int threads);
+
+  // x = scale x + (change + change^T) for n rows of n: symmetric to the last bit when x is. Rows are n elements apart.
+  void (*symmetric_update)(T* x, const T* change, int64_t n, T scale, int threads);
 };
 
 }  // namespace cpu

@@ -190,6 +190,32 @@ void gradient_any(const T* x, int64_t x_stride, T* g, int64_t g_stride, int64_t 
                                                     scale, spike, threads);
 }
 
+// Square blocks, so that the column of `change` that meets a row comes from L1.
+constexpr int64_t kSquare = 32;
+
+template <class T>
+void symmetric_update(T* x, const T* change, int64_t n, T scale, int threads) {
+  constexpr int kN = Lanes<T>::kCount;
+  const int64_t blocks = (n + kSquare - 1) / kSquare;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < blocks; ++row) {
+    T turned[kSquare * kSquare];
+    const int64_t i0 = row * kSquare, height = lesser(kSquare, n - i0);
+    for (int64_t j0 = 0; j0 < n; j0 += kSquare) {
+      const int64_t width = lesser(kSquare, n - j0);
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = 0; i < height; ++i) turned[i * kSquare + j] = change[(j0 + j) * n + i0 + i];
+      for (int64_t i = 0; i < height; ++i) {
+        T* out = x + (i0 + i) * n + j0;
+        const T *a = change + (i0 + i) * n + j0, *b = turned + i * kSquare;
+        int64_t j = 0;
+        for (; j + kN <= width; j += kN) store(out + j, load(out + j) * scale + (load(a + j) + load(b + j)));
+        for (; j < width; ++j) out[j] = out[j] * scale + (a[j] + b[j]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 namespace fastloss {
@@ -198,8 +224,8 @@ namespace FASTLOSS_ISA {
 
 extern const SphericalKernels<float> spherical_float;
 extern const SphericalKernels<double> spherical_double;
-const SphericalKernels<float> spherical_float = {moments<float>, gradient_any<float>};
-const SphericalKernels<double> spherical_double = {moments<double>, gradient_any<double>};
+const SphericalKernels<float> spherical_float = {moments<float>, gradient_any<float>, symmetric_update<float>};
+const SphericalKernels<double> spherical_double = {moments<double>, gradient_any<double>, symmetric_update<double>};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace cpu

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 
 from fastloss._checks import check_device, check_floating, check_ids, check_number, check_size
 from fastloss.spherical import factored
@@ -15,8 +17,11 @@ from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _tayl
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
-STATE = ("v", "u", "delta", "mean", "gram")
-CHECK_EVERY = 32  # steps between two looks at the singular values of U
+COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
+STATE = ("v", "u", "inverse", "delta", "mean", "gram")
+CHECK_EVERY = 32  # steps between two looks at U and its inverse, O(D^2) each
+PROBE_EVERY = 4096  # steps between two looks at the means and the Gram, O(C D) each
+INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what these looks allow
 TILE = 2**22  # logits in a tile of topk
 
 
@@ -24,19 +29,18 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
         ctx.hidden, ctx.target, ctx.layer, ctx.revision = hidden.detach(), target, layer, layer._revision
-        t, v, mean, ctx.rows, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> tuple[Tensor, None, None]:
-        hidden, target, layer = ctx.hidden, ctx.target, ctx.layer
+        layer = ctx.layer
         if layer._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        gradient = factored.input_gradient(layer._state(), ctx.rows, ctx.product, g_t, g_v, g_mean)
-        owner = torch.arange(len(hidden), device=hidden.device).repeat_interleave(target.shape[1])
-        layer._pending.append(factored.Gradients(hidden, owner, target.flatten(), g_t.flatten(), g_v, g_mean))
-        return gradient, None, None
+        rows = factored.weighted_rows(ctx.entries, g_t)
+        layer._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
+        return factored.input_gradient(layer._state(), rows, ctx.product, g_v, g_mean), None, None
 
 
 class FactoredOutput(nn.Module):
@@ -103,6 +107,11 @@ class FactoredOutput(nn.Module):
     delta: Tensor
     mean: Tensor
     gram: Tensor
+    steps: int
+    stabilisations: int
+    moved_directions: int
+    inversions: int
+    refreshes: int
 
     def __init__(
         self,
@@ -142,7 +151,8 @@ class FactoredOutput(nn.Module):
         self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bool(bias)
         self.loss, self.a, self.b, self.eps = loss, a, b, eps
         self.accumulate, self.max_scale, self.refresh_every = accumulate, max_scale, refresh_every
-        self.steps = self.stabilisations = self.moved_directions = 0
+        for counter in COUNTERS:
+            setattr(self, counter, 0)
         self._revision = self._open = 0
         self._pending: list[factored.Gradients] = []
         weight = torch.empty(num_classes, in_features + self.has_bias, device=device, dtype=dtype)
@@ -154,11 +164,6 @@ class FactoredOutput(nn.Module):
 
     def _state(self) -> factored.State:
         return factored.State(*(self.get_buffer(name) for name in STATE))
-
-    def _write(self, state: factored.State) -> None:
-        for name in STATE:
-            setattr(self, name, getattr(state, name))
-        self._revision += 1
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
@@ -295,31 +300,62 @@ class FactoredOutput(nn.Module):
             loss = given.reshape(t.shape)
         return (loss if weight is None else loss * weight).sum(1)
 
-    def _check_step(self, lr: float, weight_decay: float) -> None:
+    def _gradients(self, lr: float, weight_decay: float, group: Any) -> factored.Gradients | None:
+        """The joined gradients since the last step, of all ranks; checked; None where nobody has one."""
         name = "FactoredOutput.step"
         check_number(name, "lr", lr)
         check_number(name, "weight_decay", weight_decay)
-        if not self._pending:
-            raise RuntimeError(f"{name}: no gradient; call forward and backward first")
-        for grads in self._pending:
-            if not all(bool(x.isfinite().all()) for x in (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)):
-                raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it")
+        if self.v.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
+        grads = _joined(self._pending) if self._pending else None
+        if group is not None:
+            grads = _gathered(grads, self.v, (lr, weight_decay), group)
+        if grads is None:
+            return None
+        if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
+            raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
+        parts = [getattr(grads, label) for label in ("hidden", "g_t", "g_v", "g_mean", "rows", "product")]
+        # The sum first: one small result in place of six masks. It overflows only where a look at each is due.
+        total = torch.stack([part.sum() for part in parts]).sum()
+        if not bool(total.isfinite()) and not all(bool(part.isfinite().all()) for part in parts):
+            raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it")
+        return grads
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float = 0.0) -> None:
-        """The SGD step on weight and bias with the gradients since the last step."""
-        self._check_step(lr, weight_decay)
-        grads = _joined(self._pending)
+    def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:
+        """The SGD step on weight and bias with the gradients since the last step; with `group`, of all its ranks."""
+        grads = self._gradients(lr, weight_decay, group)
+        if grads is None:
+            raise RuntimeError("FactoredOutput.step: no gradient; call forward and backward first")
+        self._apply_step(lr, weight_decay, grads)
+
+    @torch.no_grad()
+    def _apply_step(self, lr: float, weight_decay: float, grads: factored.Gradients) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
-            state, moved = factored.step(self._state(), grads, lr, weight_decay, self.max_scale)
-            self._write(state)
+            try:
+                moved = factored.step(self._state(), grads, lr, weight_decay, self.max_scale)
+            except OverflowError:
+                raise RuntimeError("FactoredOutput.step: the step overflows; nothing was changed") from None
             self._count(moved)
+            self._revision += 1
             self.zero_grad()
             self.steps += 1
-            if self.steps % CHECK_EVERY == 0 and factored.scale_bound(self.u) > self.max_scale:
+            self._maintain()
+
+    def _maintain(self) -> None:
+        """The looks and refreshments that are due after a step."""
+        eps = torch.finfo(self.v.dtype).eps
+        if self.steps % CHECK_EVERY == 0:
+            scale, error = factored.watch(self._state())
+            if not scale <= self.max_scale:
                 self.stabilise()
-            if self.refresh_every and self.steps % self.refresh_every == 0:
-                self.refresh()
+            elif not error <= INVERSE_ERROR * eps:
+                factored.invert(self._state(), error)
+                self.inversions += 1
+        if self.refresh_every and self.steps % self.refresh_every == 0:
+            self.refresh()
+        elif self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps:
+            self.refresh()
 
     def _count(self, moved: int) -> None:
         self.moved_directions += moved
@@ -328,16 +364,24 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def stabilise(self) -> int:
         """Moves the singular values of U beyond `max_scale` or its inverse into V; how many. The weight stays."""
-        state = self._state()
-        state.u, moved = factored.stabilise(state.v, state.u, self.max_scale)
-        self._write(state)
+        moved = factored.stabilise(self._state(), self.max_scale)
+        self._revision += 1
         self._count(moved)
         return moved
 
+    stabilize = stabilise
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """The relative error of the kept Gram matrix and means, from eight random vectors; one read of V, O(C D)."""
+        return factored.drift(self._state())
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes the Gram matrix and the means anew, in O(C D^2). The weight stays."""
-        self._write(factored.refresh(self._state()))
+        """Computes the Gram matrix, the means and the inverse of U anew, in O(C D^2). The weight stays."""
+        factored.refresh(self._state())
+        self._revision += 1
+        self.refreshes += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards the gradients since the last step."""
@@ -345,10 +389,12 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.steps, self.stabilisations, self.moved_directions])
+        return torch.tensor([getattr(self, name) for name in COUNTERS])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.steps, self.stabilisations, self.moved_directions = (int(x) for x in state)
+        for name, value in zip(COUNTERS, state.tolist(), strict=True):
+            setattr(self, name, value)
+        self.zero_grad()
         self._revision += 1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -362,14 +408,56 @@ class FactoredOutput(nn.Module):
 def _joined(parts: list[factored.Gradients]) -> factored.Gradients:
     if len(parts) == 1:
         return parts[0]
-    owners, offset = [], 0
-    for part in parts:
-        owners.append(part.owner + offset)
-        offset += len(part.hidden)
+    most = max(part.target.shape[1] for part in parts)
+    padded = [_padded(part, most) for part in parts]
+    return factored.Gradients(*(torch.cat(columns) for columns in zip(*(vars(p).values() for p in padded), strict=True)))
+
+
+def _padded(part: factored.Gradients, targets: int) -> factored.Gradients:
+    """With this many targets: those that are missing are class 0 with gradient 0."""
+    missing = targets - part.target.shape[1]
+    if missing == 0:
+        return part
+    return replace(part, target=F.pad(part.target, (0, missing)), g_t=F.pad(part.g_t, (0, missing)))
+
+
+def _gathered(
+    grads: factored.Gradients | None, like: Tensor, options: tuple[float, float], group: Any
+) -> factored.Gradients | None:
+    """The gradients of all ranks, averaged as DistributedDataParallel does, in the order of the ranks."""
+    name = "FactoredOutput.step"
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f"{name}: `group` must be None or a process group, got {type(group).__name__}")
+    world = distributed.get_world_size(group)
+    width = like.shape[1]
+    if grads is None:
+        empty = like.new_empty(0, width)
+        grads = factored.Gradients(
+            empty, torch.empty(0, 1, dtype=torch.int64, device=like.device), like.new_empty(0, 1),
+            like.new_empty(0), like.new_empty(0), empty, empty,
+        )  # fmt: skip
+    sizes = torch.tensor([*grads.target.shape, *options], dtype=torch.float64, device=like.device)
+    shown = [torch.empty_like(sizes) for _ in range(world)]
+    distributed.all_gather(shown, sizes, group=group)
+    table = torch.stack(shown)
+    if not bool((table[:, 2:] == table[0, 2:]).all()):
+        raise ValueError(f"{name}: `lr` and `weight_decay` must be the same on all ranks, got {table[:, 2:].tolist()}")
+    counts, most = table[:, 0].long().tolist(), int(table[:, 1].max())
+    if not sum(counts):
+        return None
+    grads = _padded(grads, most)
+    rows = max(counts)
+    numbers = torch.cat([grads.hidden, grads.rows, grads.product, grads.g_v[:, None], grads.g_mean[:, None], grads.g_t], 1)
+    parts: list[Tensor] = []
+    for packed in (numbers, grads.target):
+        mine = F.pad(packed, (0, 0, 0, rows - len(packed))).contiguous()
+        others = [torch.empty_like(mine) for _ in range(world)]
+        distributed.all_gather(others, mine, group=group)
+        parts.append(torch.cat([other[:count] for other, count in zip(others, counts, strict=True)]))
+    hidden, entries, product, g_v, g_mean, g_t = parts[0].split([width, width, width, 1, 1, most], 1)
+    share = 1 / world
     return factored.Gradients(
-        torch.cat([p.hidden for p in parts]),
-        torch.cat(owners),
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("target", "g_t", "g_v", "g_mean")),
+        hidden.contiguous(), parts[1], g_t * share, g_v[:, 0] * share, g_mean[:, 0] * share, entries * share, product.contiguous()
     )
 
 
@@ -384,10 +472,11 @@ class FactoredSGD(torch.optim.Optimizer):
             Each layer is a parameter group; learning-rate schedulers work as with any optimizer.
         lr: float >= 0.
         weight_decay: float >= 0.
+        group: a ``torch.distributed`` process group, see :class:`fastloss.FactoredOutput`.
 
     Raises:
         TypeError: a layer of another class.
-        ValueError: no layers, a number out of its range.
+        ValueError: no layers, one layer twice, a number out of its range.
         RuntimeError: a gradient that is not finite; no layer has changed then.
 
     Example:
@@ -406,8 +495,11 @@ class FactoredSGD(torch.optim.Optimizer):
         layers: FactoredOutput | Iterable[FactoredOutput | dict[str, Any]],
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        *,
+        group: Any = None,
     ) -> None:
         name = "FactoredSGD"
+        self._group = group
         defaults = {"lr": lr, "weight_decay": weight_decay}
         self._layers: list[FactoredOutput] = []
         groups: list[dict[str, Any]] = []
@@ -420,8 +512,11 @@ class FactoredSGD(torch.optim.Optimizer):
                 if label not in defaults:
                     raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
                 check_number(name, label, value, least=0)
+            if any(layer is other for other in self._layers):
+                raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
             self._layers.append(layer)
-            groups.append({"params": [layer.v], **options})
+            # No parameter is trained here; a small tensor of the layer stands for it in the group.
+            groups.append({"params": [layer.mean], **options})
         if not groups:
             raise ValueError(f"{name}: `layers` must hold at least one FactoredOutput, got none")
         super().__init__(groups, defaults)
@@ -435,12 +530,13 @@ class FactoredSGD(torch.optim.Optimizer):
                 loss = closure()
         todo = []
         for layer, group in zip(self._layers, self.param_groups, strict=True):
-            if layer._pending:
-                lr, decay = float(group["lr"]), float(group["weight_decay"])
-                layer._check_step(lr, decay)
-                todo.append((layer, lr, decay))
-        for layer, lr, decay in todo:
-            layer.step(lr, decay)
+            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            if layer._pending or self._group is not None:
+                grads = layer._gradients(lr, decay, self._group)
+                if grads is not None:
+                    todo.append((layer, lr, decay, grads))
+        for layer, lr, decay, grads in todo:
+            layer._apply_step(lr, decay, grads)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -13,6 +13,7 @@ from fastloss.spherical.tiles import Rows
 
 _C = native_core()
 _MOMENTS = {torch.float32: _C.spherical_moments_float, torch.float64: _C.spherical_moments_double}
+_SYMMETRIC_UPDATE = {torch.float32: _C.spherical_symmetric_update_float, torch.float64: _C.spherical_symmetric_update_double}
 _GRADIENT = {torch.float32: _C.spherical_gradient_float, torch.float64: _C.spherical_gradient_double}
 
 # Memory of this size is new from the system, not from the allocator's free lists; its pages are yet to be touched.
@@ -80,6 +81,13 @@ class _Kernels:
             )
             if not direct:
                 out[part].copy_(g)
+
+
+def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
+    """matrix = scale matrix + change + change^T, in place, for a symmetric matrix."""
+    _SYMMETRIC_UPDATE[matrix.dtype](
+        matrix.data_ptr(), change.data_ptr(), len(matrix), scale, torch.get_num_threads()
+    )  # fmt: skip
 
 
 _kernels = _Kernels()

@@ -46,6 +46,11 @@ class _Blocks:
             out[part].copy_(g.masked_fill_(untouched[part], 0))
 
 
+def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
+    """matrix = scale matrix + change + change^T, in place, for a symmetric matrix."""
+    matrix.mul_(scale).add_(change + change.T)
+
+
 _blocks = _Blocks()
 row_moments_fwd = partial(tiles.row_moments_forward, _blocks)
 row_moments_bwd = partial(tiles.row_moments_backward, _blocks)

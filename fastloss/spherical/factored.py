@@ -14,6 +14,7 @@ matrices of d^2 numbers stay in the caches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,10 @@ def to_dense(state: State) -> Tensor:
     return torch.addmm(state.delta + state.mean, state.v, state.u)
 
 
+def _kernels(state: State) -> Any:
+    return implementation("spherical", state.u.device)
+
+
 def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Target logits (B, K) less the mean logit, centred sum of squares of the logits (B,), mean logit (B,).
 
@@ -71,18 +76,15 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
     seen = state.v.index_select(0, target.flatten())
     rows = torch.addmm(state.delta, seen, state.u).view(*target.shape, len(state.u))
     product = hidden @ state.gram
-    square = torch.linalg.vecdot(product, hidden).clamp_(min=0)
-    return torch.linalg.vecdot(rows, hidden[:, None]), square, hidden @ state.mean, rows, product
+    return *_kernels(state).factored_statistics(rows, product, hidden, state.mean), rows, product
 
 
-def weighted_rows(rows: Tensor, g_t: Tensor) -> Tensor:
-    """(B, d): the rows (B, K, d) summed with the weights (B, K)."""
-    return g_t * rows[:, 0] if g_t.shape[1] == 1 else torch.bmm(g_t[:, None], rows)[:, 0]
-
-
-def input_gradient(state: State, rows: Tensor, product: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
-    """Gradient to hidden from the gradients of the statistics and the `weighted_rows`."""
-    return torch.addcmul(rows, product, 2 * g_v[:, None]).addcmul_(g_mean[:, None], state.mean)
+def gradient(
+    state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows of the targets summed with g_t, and the gradient to hidden, from the gradients of the statistics."""
+    weighted, result = _kernels(state).factored_gradient(rows, product, state.mean, g_t, g_v, g_mean)
+    return weighted, result
 
 
 def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) -> int:
@@ -99,14 +101,12 @@ def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) 
 
     # The Gram of Wc M - lr (I - 1 1^T / C) S, with S the sparse gradient, whose row of class c is the sum of g_t h over
     # the targets c. All terms of the change are of the form H^T Y + Y^T H.
-    scaled_product = diagonal[:, None] * grads.product
-    half = (scaled_product / 2).sub_(grads.rows, alpha=lr)
+    kernels = _kernels(state)
+    scaled, half, full = kernels.factored_factors(hidden, grads.product, grads.rows, grads.g_v, lr, shrink)
     small = (half @ hidden.T).mul_(diagonal)
     small.add_(_same_class(grads.target, g_t), alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
-    y = torch.addmm(half.add_(scaled_product, alpha=0.5), small, hidden, beta=shrink)
-    change = hidden.T @ y
+    change = hidden.T @ full.addmm_(small, hidden)
 
-    scaled = diagonal[:, None] * hidden
     if len(hidden) < width:
         gram = (hidden @ hidden.T).mul_(diagonal)
         gram.diagonal().add_(shrink)
@@ -123,8 +123,7 @@ def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) 
         raise OverflowError
     growth = float("inf")
     if shrink != 0 and int(info) == 0:
-        size = torch.linalg.vector_norm(hidden, dim=1)
-        growth = float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax()) if len(size) else 0.0  # fmt: skip
+        growth = kernels.factored_growth(solution, hidden)
 
     # Nothing has been written before this line, and nothing after it fails.
     if len(hidden) < width:
@@ -140,14 +139,10 @@ def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) 
     if not growth <= limit:
         moved = stabilise(state, limit)
         solution = hidden @ state.inverse
-    implementation("spherical", state.gram.device).symmetric_update(state.gram, change, shrink * shrink)
+    kernels.symmetric_update(state.gram, change, shrink * shrink)
     state.mean.mul_(shrink).addmv_(hidden.T, grads.g_mean, alpha=-lr / classes)
     state.delta.addmv_(hidden.T, total, alpha=lr / classes)
-    if g_t.shape[1] == 1:
-        state.v.index_add_(0, grads.target[:, 0], g_t * solution, alpha=-lr)
-    else:
-        owner = torch.arange(len(hidden), device=hidden.device).repeat_interleave(g_t.shape[1])
-        state.v.index_add_(0, grads.target.flatten(), g_t.flatten()[:, None] * solution[owner], alpha=-lr)
+    kernels.factored_scatter(state.v, grads.target, g_t, solution, lr)
     return moved
 
 

@@ -38,9 +38,9 @@ class _Statistics(torch.autograd.Function):
         layer = ctx.layer
         if layer._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        rows = factored.weighted_rows(ctx.entries, g_t)
+        rows, gradient = factored.gradient(layer._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
         layer._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
-        return factored.input_gradient(layer._state(), rows, ctx.product, g_v, g_mean), None, None
+        return gradient, None, None
 
 
 class FactoredOutput(nn.Module):
@@ -314,8 +314,8 @@ class FactoredOutput(nn.Module):
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
-        parts = [getattr(grads, label) for label in ("hidden", "g_t", "g_v", "g_mean", "rows", "product")]
-        # The sum first: one small result in place of six masks. It overflows only where a look at each is due.
+        parts = [getattr(grads, label) for label in ("hidden", "g_t", "g_v", "g_mean")]
+        # The sum first: one small result in place of four masks. It overflows only where a look at each is due.
         total = torch.stack([part.sum() for part in parts]).sum()
         if not bool(total.isfinite()) and not all(bool(part.isfinite().all()) for part in parts):
             raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from fastloss.spherical.tiles import Rows
 
 _C = native_core()
 _MOMENTS = {torch.float32: _C.spherical_moments_float, torch.float64: _C.spherical_moments_double}
-_SYMMETRIC_UPDATE = {torch.float32: _C.spherical_symmetric_update_float, torch.float64: _C.spherical_symmetric_update_double}
 _GRADIENT = {torch.float32: _C.spherical_gradient_float, torch.float64: _C.spherical_gradient_double}
 
 # Memory of this size is new from the system, not from the allocator's free lists; its pages are yet to be touched.
@@ -83,11 +83,61 @@ class _Kernels:
                 out[part].copy_(g)
 
 
-def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
-    """matrix = scale matrix + change + change^T, in place, for a symmetric matrix."""
-    _SYMMETRIC_UPDATE[matrix.dtype](
-        matrix.data_ptr(), change.data_ptr(), len(matrix), scale, torch.get_num_threads()
+def _factored(name: str, x: Tensor) -> Any:
+    return getattr(_C, f"spherical_{name}_{'float' if x.dtype == torch.float32 else 'double'}")
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    assert all(x.is_contiguous() for x in tensors)
+    return [x.data_ptr() for x in tensors]
+
+
+# The step of a factored layer. What each computes is said in `portable.py`, which has the same names.
+
+
+def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t, square, center = rows.new_empty(rows.shape[:2]), rows.new_empty(len(rows)), rows.new_empty(len(rows))
+    _factored("factored_statistics", rows)(
+        *_addresses(rows, product, hidden, mean), *rows.shape, *_addresses(t, square, center), torch.get_num_threads()
+    )
+    return t, square, center
+
+
+def factored_gradient(
+    rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    weighted, gradient = torch.empty_like(product), torch.empty_like(product)
+    g = [x.contiguous() for x in (g_t, g_v, g_mean)]
+    _factored("factored_gradient", rows)(
+        *_addresses(rows, product, mean, *g), *rows.shape, *_addresses(weighted, gradient), torch.get_num_threads()
+    )
+    return weighted, gradient
+
+
+def factored_factors(
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
+    _factored("factored_factors", hidden)(
+        *_addresses(hidden, product, weighted, g_v.contiguous()), lr, shrink, *hidden.shape, *_addresses(*out),
+        torch.get_num_threads(),
     )  # fmt: skip
+    return out
+
+
+def factored_growth(solution: Tensor, hidden: Tensor) -> float:
+    growth: float = _factored("factored_growth", hidden)(*_addresses(solution, hidden), *hidden.shape)
+    return growth
+
+
+def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:
+    _factored("factored_scatter", v)(
+        *_addresses(v, target, g_t.contiguous(), solution), lr, *target.shape, v.shape[1], torch.get_num_threads()
+    )
+
+
+def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
+    _factored("symmetric_update", matrix)(*_addresses(matrix, change), len(matrix), scale, torch.get_num_threads())
 
 
 _kernels = _Kernels()

@@ -46,6 +46,44 @@ class _Blocks:
             out[part].copy_(g.masked_fill_(untouched[part], 0))
 
 
+def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows . hidden (B, K), product . hidden (B,), not below 0, and hidden . mean (B,)."""
+    square = torch.linalg.vecdot(product, hidden).clamp_(min=0)
+    return torch.linalg.vecdot(rows, hidden[:, None]), square, hidden @ mean
+
+
+def factored_gradient(
+    rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows (B, K, d) summed with g_t; and that + 2 g_v product + g_mean mean."""
+    weighted = torch.bmm(g_t[:, None], rows)[:, 0]
+    return weighted, torch.addcmul(weighted, product, 2 * g_v[:, None]).addcmul_(g_mean[:, None], mean)
+
+
+def factored_factors(
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """D hidden, D product / 2 - lr weighted, shrink (D product - lr weighted) with the diagonal D = -2 lr g_v."""
+    diagonal = (-2 * lr) * g_v[:, None]
+    scaled_product = diagonal * product
+    half = (scaled_product / 2).sub_(weighted, alpha=lr)
+    return diagonal * hidden, half, scaled_product.sub_(weighted, alpha=lr).mul_(shrink)
+
+
+def factored_growth(solution: Tensor, hidden: Tensor) -> float:
+    """The largest |solution| / |hidden| of a row; 0 for rows of zeros, NaN or infinity where solutions are such."""
+    if not len(hidden):
+        return 0.0
+    size = torch.linalg.vector_norm(hidden, dim=1)
+    return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
+
+
+def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:
+    """v[target] -= lr g_t solution, in place; classes may repeat."""
+    pairs = (g_t[:, :, None] * solution[:, None]).flatten(0, 1)
+    v.index_add_(0, target.flatten(), pairs, alpha=-lr)
+
+
 def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
     """matrix = scale matrix + change + change^T, in place, for a symmetric matrix."""
     matrix.mul_(scale).add_(change + change.T)

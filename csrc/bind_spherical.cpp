@@ -58,6 +58,17 @@ void factored_factors(Address hidden, Address product, Address weighted, Address
 }
 
 template <class T>
+void factored_pairs(Address x, Address target, Address g_t, Address g_v, T lr, T classes, std::int64_t n) {
+  table<T>().factored_pairs(at<T>(x), at<const std::int64_t>(target), at<const T>(g_t), at<const T>(g_v), lr, classes,
+                            n);
+}
+
+template <class T>
+bool factored_inverse(Address x, Address g_v, T lr, T shrink, std::int64_t n, Address order) {
+  return table<T>().factored_inverse(at<T>(x), at<const T>(g_v), lr, shrink, n, at<std::int64_t>(order));
+}
+
+template <class T>
 T factored_growth(Address solution, Address hidden, std::int64_t n, std::int64_t d) {
   return table<T>().factored_growth(at<const T>(solution), at<const T>(hidden), n, d);
 }
@@ -75,6 +86,8 @@ void bind_factored(pybind11::module_& m, const char* dtype) {
   m.def(named("factored_statistics_").c_str(), &factored_statistics<T>, fastloss::Unlocked());
   m.def(named("factored_gradient_").c_str(), &factored_gradient<T>, fastloss::Unlocked());
   m.def(named("factored_factors_").c_str(), &factored_factors<T>, fastloss::Unlocked());
+  m.def(named("factored_pairs_").c_str(), &factored_pairs<T>, fastloss::Unlocked());
+  m.def(named("factored_inverse_").c_str(), &factored_inverse<T>, fastloss::Unlocked());
   m.def(named("factored_growth_").c_str(), &factored_growth<T>, fastloss::Unlocked());
   m.def(named("factored_scatter_").c_str(), &factored_scatter<T>, fastloss::Unlocked());
 }

@@ -36,6 +36,11 @@ struct SphericalKernels {
   // scaled = D hidden, half = D product / 2 - lr weighted, full = shrink (D product - lr weighted), D = -2 lr g_v;
   void (*factored_factors)(const T* hidden, const T* product, const T* weighted, const T* g_v, T lr, T shrink,
                            int64_t n, int64_t d, T* scaled, T* half, T* full, int threads);
+  // x = x D + lr^2/2 [target_i = target_j] g_t_i g_t_j - lr^2/(2 classes) g_t_i g_t_j, (n, n), for one target a row;
+  void (*factored_pairs)(T* x, const int64_t* target, const T* g_t, const T* g_v, T lr, T classes, int64_t n);
+  // x = (shrink I + x D)^-1, (n, n), by Gauss-Jordan elimination with row pivots; false, x lost, where a pivot is 0 or
+  // NaN. order: scratch of n.
+  bool (*factored_inverse)(T* x, const T* g_v, T lr, T shrink, int64_t n, int64_t* order);
   // the largest |solution| / |hidden| of a row (0 for rows of zeros, infinity for NaN);
   T (*factored_growth)(const T* solution, const T* hidden, int64_t n, int64_t d);
   // v[target] -= lr g_t solution, pair after pair in every column.

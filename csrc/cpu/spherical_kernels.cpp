@@ -266,6 +266,62 @@ void factored_factors(const T* hidden, const T* product, const T* weighted, cons
 }
 
 template <class T>
+void factored_pairs(T* x, const int64_t* target, const T* g_t, const T* g_v, T lr, T classes, int64_t n) {
+  const T same = lr * lr / 2, all = same / classes;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      const T factor = (target[i] == target[j] ? same : T(0)) - all;
+      x[i * n + j] = x[i * n + j] * (-2 * lr * g_v[j]) + factor * (g_t[i] * g_t[j]);
+    }
+}
+
+template <class T>
+bool factored_inverse(T* x, const T* g_v, T lr, T shrink, int64_t n, int64_t* order) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) x[i * n + j] *= -2 * lr * g_v[j];
+    x[i * n + i] += shrink;
+  }
+  for (int64_t p = 0; p < n; ++p) {
+    int64_t best = p;
+    T size = 0;
+    for (int64_t i = p; i < n; ++i) {
+      const T here = x[i * n + p] < 0 ? -x[i * n + p] : x[i * n + p];
+      if (here > size) {
+        size = here;
+        best = i;
+      }
+    }
+    order[p] = best;
+    if (!(size > 0)) return false;
+    T* row = x + p * n;
+    if (best != p)
+      for (int64_t j = 0; j < n; ++j) {
+        const T kept = row[j];
+        row[j] = x[best * n + j];
+        x[best * n + j] = kept;
+      }
+    const T inverse = 1 / row[p];
+    row[p] = 1;
+    fill(row, n, [&](int64_t j, int m) { return part(row + j, m) * inverse; });
+    for (int64_t i = 0; i < n; ++i) {
+      if (i == p) continue;
+      T* other = x + i * n;
+      const T factor = other[p];
+      other[p] = 0;
+      fill(other, n, [&](int64_t j, int m) { return part(other + j, m) - part(row + j, m) * factor; });
+    }
+  }
+  for (int64_t p = n - 1; p >= 0; --p)  // rows were swapped, so columns of the inverse are
+    if (order[p] != p)
+      for (int64_t i = 0; i < n; ++i) {
+        const T kept = x[i * n + p];
+        x[i * n + p] = x[i * n + order[p]];
+        x[i * n + order[p]] = kept;
+      }
+  return true;
+}
+
+template <class T>
 T factored_growth(const T* solution, const T* hidden, int64_t n, int64_t d) {
   T most = 0;  // of the squares
   for (int64_t i = 0; i < n; ++i) {
@@ -296,7 +352,7 @@ void factored_scatter(T* v, const int64_t* target, const T* g_t, const T* soluti
 }
 
 // Square blocks, so that the column of `change` that meets a row comes from L1.
-constexpr int64_t kSquare = 32;
+constexpr int64_t kSquare = 16;
 
 template <class T>
 void symmetric_update(T* x, const T* change, int64_t n, T scale, int threads) {
@@ -331,10 +387,12 @@ extern const SphericalKernels<float> spherical_float;
 extern const SphericalKernels<double> spherical_double;
 const SphericalKernels<float> spherical_float = {
     moments<float>,          gradient_any<float>,    factored_statistics<float>, factored_gradient<float>,
-    factored_factors<float>, factored_growth<float>, factored_scatter<float>,    symmetric_update<float>};
+    factored_factors<float>, factored_pairs<float>,  factored_inverse<float>,    factored_growth<float>,
+    factored_scatter<float>, symmetric_update<float>};
 const SphericalKernels<double> spherical_double = {
     moments<double>,          gradient_any<double>,    factored_statistics<double>, factored_gradient<double>,
-    factored_factors<double>, factored_growth<double>, factored_scatter<double>,    symmetric_update<double>};
+    factored_factors<double>, factored_pairs<double>,  factored_inverse<double>,    factored_growth<double>,
+    factored_scatter<double>, symmetric_update<double>};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace cpu

@@ -13,6 +13,7 @@ matrices of d^2 numbers stay in the caches.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastloss._backends import implementation
 
 ROWS = 16384  # of V in a tile
 PROBES = 8  # vectors that look at U and its inverse
-ROUNDS = 4  # of the power iteration of these
+ROUNDS = 2  # of the power iteration of these
 
 
 @dataclass
@@ -87,72 +88,105 @@ def gradient(
     return weighted, result
 
 
-def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) -> int:
-    """The SGD step W - lr (dL/dW + decay W), in place; how many directions of U had to be moved into V for it.
+class Scratch:
+    """Memory for the intermediate results of a step, kept from one to the next: new pages cost as much as the sums."""
 
-    V is written in the rows of the targets, and in all rows when a row of H U^-1 grows beyond `limit`. OverflowError,
-    with nothing written, when the step is not finite.
-    """
-    classes, width = state.v.shape
-    hidden, g_t = grads.hidden, grads.g_t
-    shrink = 1 - lr * decay
-    diagonal = (-2 * lr) * grads.g_v  # D
-    total = g_t.sum(1)
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < count or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._kept[name] = like.new_empty(count)
+        return kept[:count].view(shape)
+
+
+@dataclass
+class Plan:
+    """A step that has been computed and not written."""
+
+    state: State
+    grads: Gradients
+    lr: float
+    shrink: float
+    change: Tensor  # half of that of the Gram, see `plan`
+    scaled: Tensor  # D H
+    solution: Tensor  # H U^-1 after the step
+    u_change: Tensor  # U H^T; all of the new U in large batches
+    inverse: Tensor | None  # in large batches
+    growth: float
+
+
+def plan(state: State, grads: Gradients, lr: float, decay: float, scratch: Scratch) -> Plan:
+    """The SGD step W - lr (dL/dW + decay W); raises OverflowError when it is not finite."""
+    kernels = _kernels(state)
+    hidden, shrink = grads.hidden, 1 - lr * decay
+    n, width = hidden.shape
+
+    def take(name: str, *shape: int) -> Tensor:
+        return scratch.take(name, state.u, *shape)
 
     # The Gram of Wc M - lr (I - 1 1^T / C) S, with S the sparse gradient, whose row of class c is the sum of g_t h over
     # the targets c. All terms of the change are of the form H^T Y + Y^T H.
-    kernels = _kernels(state)
-    scaled, half, full = kernels.factored_factors(hidden, grads.product, grads.rows, grads.g_v, lr, shrink)
-    small = (half @ hidden.T).mul_(diagonal)
-    small.add_(_same_class(grads.target, g_t), alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
-    change = hidden.T @ full.addmm_(small, hidden)
+    scaled, half, full = take("scaled", n, width), take("half", n, width), take("full", n, width)
+    kernels.factored_factors(hidden, grads.product, grads.rows, grads.g_v, lr, shrink, (scaled, half, full))
+    small = torch.mm(half, hidden.T, out=take("small", n, n))
+    kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, len(state.v))
+    full.addmm_(small, hidden)
+    if not math.isfinite(float(full.sum()) + float(grads.g_mean.sum()) * lr):
+        raise OverflowError
+    change = torch.mm(hidden.T, full, out=take("change", width, width))
 
-    if len(hidden) < width:
-        gram = (hidden @ hidden.T).mul_(diagonal)
-        gram.diagonal().add_(shrink)
-        factor, info = torch.linalg.inv_ex(gram)
-        solution = factor @ (hidden @ state.inverse)  # H of this step times U^-1 after it
-        u_change = state.u @ hidden.T
+    inverse = None
+    if n < width:
+        factor, exists = kernels.factored_inverse(
+            torch.mm(hidden, hidden.T, out=take("small", n, n)), grads.g_v, lr, shrink
+        )
+        solution = torch.mm(hidden, state.inverse, out=half)
+        solution = torch.mm(factor, solution, out=take("solution", n, width))
+        u_change = torch.mm(state.u, hidden.T, out=take("u", width, n))
     else:
         m = hidden.T @ scaled
         m.diagonal().add_(shrink)
         inverse, info = torch.linalg.solve_ex(m, state.inverse)
+        exists = int(info) == 0
         solution = hidden @ inverse
         u_change = state.u @ m
-    if not bool((change.sum() + u_change.sum()).isfinite()):
-        raise OverflowError
-    growth = float("inf")
-    if shrink != 0 and int(info) == 0:
-        growth = kernels.factored_growth(solution, hidden)
+    growth = kernels.factored_growth(solution, hidden) if exists and shrink != 0 else math.inf
+    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, growth)
 
-    # Nothing has been written before this line, and nothing after it fails.
-    if len(hidden) < width:
-        state.u.addmm_(u_change, scaled, beta=shrink)
-        if growth <= limit:
+
+def commit(plan: Plan, limit: float) -> int:
+    """Writes the step; how many directions of U had to be moved into V for it.
+
+    V is written in the rows of the targets, and in all rows when a row of H U^-1 grew beyond `limit`.
+    """
+    state, grads, scaled, solution, shrink = plan.state, plan.grads, plan.scaled, plan.solution, plan.shrink
+    hidden, share = grads.hidden, plan.lr / len(state.v)
+    kernels = _kernels(state)
+    tame = plan.growth <= limit  # false for NaN
+    if not tame and not bool((plan.u_change.sum() + scaled.sum()).isfinite()):
+        raise OverflowError
+    if len(hidden) < len(state.u):
+        state.u.addmm_(plan.u_change, scaled, beta=shrink)
+        if tame:
             state.inverse.addmm_(scaled.T, solution, beta=1 / shrink, alpha=-1 / shrink)
     else:
-        state.u.copy_(u_change)
-        if growth <= limit:
-            state.inverse.copy_(inverse)
-    state.delta.copy_(torch.addmv(state.delta, scaled.T, hidden @ state.delta, beta=shrink))
+        state.u.copy_(plan.u_change)
+        if tame:
+            assert plan.inverse is not None
+            state.inverse.copy_(plan.inverse)
     moved = 0
-    if not growth <= limit:
+    if not tame:
         moved = stabilise(state, limit)
         solution = hidden @ state.inverse
-    kernels.symmetric_update(state.gram, change, shrink * shrink)
-    state.mean.mul_(shrink).addmv_(hidden.T, grads.g_mean, alpha=-lr / classes)
-    state.delta.addmv_(hidden.T, total, alpha=lr / classes)
-    kernels.factored_scatter(state.v, grads.target, g_t, solution, lr)
+    kernels.symmetric_update(state.gram, plan.change, shrink * shrink)
+    kernels.factored_scatter(state.v, grads.target, grads.g_t, solution, plan.lr)
+    delta = torch.addmv(state.delta, scaled.T, hidden @ state.delta, beta=shrink)
+    torch.addmv(delta, hidden.T, grads.g_t.sum(1), alpha=share, out=state.delta)
+    state.mean.mul_(shrink).addmv_(hidden.T, grads.g_mean, alpha=-share)
     return moved
-
-
-def _same_class(target: Tensor, g_t: Tensor) -> Tensor:
-    """(B, B): sum over k, l of g_ik g_jl [target_ik = target_jl], the products of the rows of S in H."""
-    if target.shape[1] == 1:
-        return (target == target.T) * (g_t * g_t.T)
-    seen, place = target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    table = g_t.new_zeros(len(target), len(seen)).scatter_add_(1, place, g_t)
-    return table @ table.T
 
 
 def watch(state: State) -> tuple[float, float]:

@@ -19,7 +19,7 @@ LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
 COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
 STATE = ("v", "u", "inverse", "delta", "mean", "gram")
-CHECK_EVERY = 32  # steps between two looks at U and its inverse, O(D^2) each
+CHECK_EVERY = 64  # steps between two looks at U and its inverse, O(D^2) each
 PROBE_EVERY = 4096  # steps between two looks at the means and the Gram, O(C D) each
 INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what these looks allow
 TILE = 2**22  # logits in a tile of topk
@@ -28,7 +28,8 @@ TILE = 2**22  # logits in a tile of topk
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.hidden, ctx.target, ctx.layer, ctx.revision = hidden.detach(), target, layer, layer._revision
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.layer, ctx.revision = layer, layer._revision
         t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
@@ -39,7 +40,8 @@ class _Statistics(torch.autograd.Function):
         if layer._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
         rows, gradient = factored.gradient(layer._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
-        layer._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
+        g = (x.contiguous() for x in (g_t, g_v, g_mean))
+        layer._pending.append(factored.Gradients(ctx.hidden, ctx.target, *g, rows, ctx.product))
         return gradient, None, None
 
 
@@ -155,6 +157,7 @@ class FactoredOutput(nn.Module):
             setattr(self, counter, 0)
         self._revision = self._open = 0
         self._pending: list[factored.Gradients] = []
+        self._scratch = factored.Scratch()
         weight = torch.empty(num_classes, in_features + self.has_bias, device=device, dtype=dtype)
         self._start(weight.uniform_(-1, 1).div_(math.sqrt(in_features)))
 
@@ -211,10 +214,10 @@ class FactoredOutput(nn.Module):
 
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         ids = check_ids(name, label, ids, shape, "the layer", self.v)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_classes:
-            raise ValueError(
-                f"{name}: `{label}` must be in [0, {self.num_classes}), got {int(ids.min())} to {int(ids.max())}"
-            )
+        if ids.numel():
+            low, high = (int(x) for x in torch.aminmax(ids))
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{name}: `{label}` must be in [0, {self.num_classes}), got {low} to {high}")
         return ids
 
     @torch.no_grad()
@@ -300,8 +303,8 @@ class FactoredOutput(nn.Module):
             loss = given.reshape(t.shape)
         return (loss if weight is None else loss * weight).sum(1)
 
-    def _gradients(self, lr: float, weight_decay: float, group: Any) -> factored.Gradients | None:
-        """The joined gradients since the last step, of all ranks; checked; None where nobody has one."""
+    def _plan(self, lr: float, weight_decay: float, group: Any) -> factored.Plan | None:
+        """The step with the gradients since the last one, of all ranks; None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
         check_number(name, "lr", lr)
         check_number(name, "weight_decay", weight_decay)
@@ -314,31 +317,33 @@ class FactoredOutput(nn.Module):
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
-        parts = [getattr(grads, label) for label in ("hidden", "g_t", "g_v", "g_mean")]
-        # The sum first: one small result in place of four masks. It overflows only where a look at each is due.
-        total = torch.stack([part.sum() for part in parts]).sum()
-        if not bool(total.isfinite()) and not all(bool(part.isfinite().all()) for part in parts):
-            raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it")
-        return grads
+        try:
+            with torch.autocast(self.v.device.type, enabled=False):
+                return factored.plan(self._state(), grads, lr, weight_decay, self._scratch)
+        except OverflowError:
+            parts = (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)
+            if all(bool(part.isfinite().all()) for part in parts):
+                raise RuntimeError(f"{name}: the step is not finite; zero_grad() discards it") from None
+            raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it") from None
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:
         """The SGD step on weight and bias with the gradients since the last step; with `group`, of all its ranks."""
-        grads = self._gradients(lr, weight_decay, group)
-        if grads is None:
+        plan = self._plan(lr, weight_decay, group)
+        if plan is None:
             raise RuntimeError("FactoredOutput.step: no gradient; call forward and backward first")
-        self._apply_step(lr, weight_decay, grads)
+        self._commit(plan)
 
     @torch.no_grad()
-    def _apply_step(self, lr: float, weight_decay: float, grads: factored.Gradients) -> None:
+    def _commit(self, plan: factored.Plan) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
             try:
-                moved = factored.step(self._state(), grads, lr, weight_decay, self.max_scale)
+                moved = factored.commit(plan, self.max_scale)
             except OverflowError:
-                raise RuntimeError("FactoredOutput.step: the step overflows; nothing was changed") from None
+                raise RuntimeError("FactoredOutput.step: the step is not finite; zero_grad() discards it") from None
             self._count(moved)
             self._revision += 1
-            self.zero_grad()
+            self._pending, self._open = [], 0
             self.steps += 1
             self._maintain()
 
@@ -398,7 +403,8 @@ class FactoredOutput(nn.Module):
         self._revision += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": [], "_open": 0}  # a copy starts without gradients
+        # a copy starts without gradients
+        return {**self.__dict__, "_pending": [], "_open": 0, "_scratch": factored.Scratch()}
 
     def extra_repr(self) -> str:
         loss = repr(self.loss) if isinstance(self.loss, str) else getattr(self.loss, "__name__", "callable")
@@ -457,7 +463,7 @@ def _gathered(
     hidden, entries, product, g_v, g_mean, g_t = parts[0].split([width, width, width, 1, 1, most], 1)
     share = 1 / world
     return factored.Gradients(
-        hidden.contiguous(), parts[1], g_t * share, g_v[:, 0] * share, g_mean[:, 0] * share, entries * share, product.contiguous()
+        hidden.contiguous(), parts[1], (g_t * share).contiguous(), (g_v[:, 0] * share).contiguous(), (g_mean[:, 0] * share).contiguous(), (entries * share).contiguous(), product.contiguous()
     )
 
 
@@ -532,11 +538,11 @@ class FactoredSGD(torch.optim.Optimizer):
         for layer, group in zip(self._layers, self.param_groups, strict=True):
             lr, decay = float(group["lr"]), float(group["weight_decay"])
             if layer._pending or self._group is not None:
-                grads = layer._gradients(lr, decay, self._group)
-                if grads is not None:
-                    todo.append((layer, lr, decay, grads))
-        for layer, lr, decay, grads in todo:
-            layer._apply_step(lr, decay, grads)
+                plan = layer._plan(lr, decay, self._group)
+                if plan is not None:
+                    todo.append((layer, plan))
+        for layer, plan in todo:
+            layer._commit(plan)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss._backends import native_core
-from fastloss.spherical import tiles
+from fastloss.spherical import portable, tiles
 from fastloss.spherical.tiles import Rows
 
 _C = native_core()
@@ -18,6 +18,9 @@ _GRADIENT = {torch.float32: _C.spherical_gradient_float, torch.float64: _C.spher
 
 # Memory of this size is new from the system, not from the allocator's free lists; its pages are yet to be touched.
 HUGE_BYTES = 32 << 20
+
+# Up to this size the kernel in one thread is faster than LAPACK's inverse.
+INVERSE_ROWS = 192
 
 
 def _direct(x: Tensor) -> bool:
@@ -115,14 +118,27 @@ def factored_gradient(
 
 
 def factored_factors(
-    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(hidden)
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float, out: tuple[Tensor, ...]
+) -> None:
     _factored("factored_factors", hidden)(
-        *_addresses(hidden, product, weighted, g_v.contiguous()), lr, shrink, *hidden.shape, *_addresses(*out),
+        *_addresses(hidden, product, weighted, g_v), lr, shrink, *hidden.shape, *_addresses(*out),
         torch.get_num_threads(),
     )  # fmt: skip
-    return out
+
+
+def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: float, classes: int) -> None:
+    if target.shape[1] == 1:
+        _factored("factored_pairs", x)(*_addresses(x, target, g_t, g_v), lr, classes, len(x))
+    else:
+        portable.factored_pairs(x, target, g_t, g_v, lr, classes)
+
+
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+    if len(x) > INVERSE_ROWS:
+        return portable.factored_inverse(x, g_v, lr, shrink)
+    order = torch.empty(len(x), dtype=torch.int64)
+    exists: bool = _factored("factored_inverse", x)(*_addresses(x, g_v), lr, shrink, len(x), *_addresses(order))
+    return x, exists
 
 
 def factored_growth(solution: Tensor, hidden: Tensor) -> float:

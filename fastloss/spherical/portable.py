@@ -61,13 +61,38 @@ def factored_gradient(
 
 
 def factored_factors(
-    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float, out: tuple[Tensor, ...]
+) -> None:
     """D hidden, D product / 2 - lr weighted, shrink (D product - lr weighted) with the diagonal D = -2 lr g_v."""
     diagonal = (-2 * lr) * g_v[:, None]
-    scaled_product = diagonal * product
-    half = (scaled_product / 2).sub_(weighted, alpha=lr)
-    return diagonal * hidden, half, scaled_product.sub_(weighted, alpha=lr).mul_(shrink)
+    scaled, half, full = out
+    torch.mul(hidden, diagonal, out=scaled)
+    torch.mul(product, diagonal, out=full)
+    torch.mul(full, 0.5, out=half).sub_(weighted, alpha=lr)
+    full.sub_(weighted, alpha=lr).mul_(shrink)
+
+
+def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: float, classes: int) -> None:
+    """x = x D + lr^2/2 (S S^T as coefficients of hidden, less its mean over the classes), in place.
+
+    The entry (i, j) of the bracket is the sum over k, l of g_ik g_jl ([target_ik = target_jl] - 1 / classes).
+    """
+    x.mul_(-2 * lr * g_v)
+    if target.shape[1] == 1:
+        same = (target == target.T) * (g_t * g_t.T)
+    else:
+        seen, place = target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        table = g_t.new_zeros(len(target), len(seen)).scatter_add_(1, place, g_t)
+        same = table @ table.T
+    total = g_t.sum(1)
+    x.add_(same, alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
+
+
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+    """(shrink I + x D)^-1, and whether it exists. x is lost."""
+    x.mul_(-2 * lr * g_v).diagonal().add_(shrink)
+    inverse, info = torch.linalg.inv_ex(x)
+    return inverse, int(info) == 0
 
 
 def factored_growth(solution: Tensor, hidden: Tensor) -> float:

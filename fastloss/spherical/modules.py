@@ -36,13 +36,26 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> tuple[Tensor, None, None]:
-        layer = ctx.layer
-        if layer._revision != ctx.revision:
-            raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        rows, gradient = factored.gradient(layer._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
-        g = (x.contiguous() for x in (g_t, g_v, g_mean))
-        layer._pending.append(factored.Gradients(ctx.hidden, ctx.target, *g, rows, ctx.product))
-        return gradient, None, None
+        return ctx.layer._backward(ctx, g_t, g_v, g_mean), None, None
+
+
+class _BuiltIn(torch.autograd.Function):
+    """The sum of the built-in losses (B, K) times `share`, with their derivatives in closed form in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.layer, ctx.revision = layer, layer._revision
+        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        loss, *derivatives = layer._closed_form(t, v[:, None], mean[:, None])
+        d_t, d_v, d_mean = (share * d for d in derivatives)
+        ctx.g = d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
+        return (loss * share).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.layer._backward(ctx, *(g * upstream for g in ctx.g)), None, None, None
 
 
 class FactoredOutput(nn.Module):
@@ -65,15 +78,19 @@ class FactoredOutput(nn.Module):
             centred sums, which do not cancel where logits share an offset.
         a, b: sharpness > 0 and margin of "z".
         eps: float >= 0 of "z" and "spherical"; None is the default of the function.
+        ignore_index: int; rows whose targets are all this have loss 0 and gradient 0, and count nowhere; among several
+            targets, one that is this has weight 0.
         accumulate: True lets several forward and backward passes add their gradients before a step.
         max_scale: float > 1; singular values of U beyond this or its inverse are moved into V, see Memory.
         refresh_every: int, steps between two computations of the Gram matrix anew, in O(C D^2); 0 for never.
         device, dtype: of the state; float32 or float64.
 
     Call:
-        hidden (B, D) of the layer's dtype, target (B,) or (B, K) integers in [0, C), target_weight (B, K), required
-        with K targets. An example's loss is the sum over k of target_weight[k] times the loss of target[k]; for "mse"
-        it is the squared error to the vector with target_weight[k] added at target[k]. Returns the mean over B.
+        hidden (B, D) of the layer's dtype; target (B,) or (B, K) integers in [0, C), or `ignore_index`; target_weight
+        (B, K), required with K targets; sample_weight (B,) and, for one target, class_weight (C,): factors for each
+        example, as in :func:`fastloss.z_loss`. An example's loss is the sum over k of target_weight[k] times the loss
+        of target[k]; for "mse" it is the squared error to the vector with target_weight[k] added at target[k]. Returns
+        the (weighted) mean over the examples that are not ignored, NaN where there are none.
 
     Raises:
         TypeError: not tensors, or of another dtype than the layer's (target: an integer dtype).
@@ -125,6 +142,7 @@ class FactoredOutput(nn.Module):
         a: float = 1.0,
         b: float = 0.0,
         eps: float | None = None,
+        ignore_index: int = -100,
         accumulate: bool = False,
         max_scale: float = 32.0,
         refresh_every: int = 20_000,
@@ -152,6 +170,9 @@ class FactoredOutput(nn.Module):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
         self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bool(bias)
         self.loss, self.a, self.b, self.eps = loss, a, b, eps
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"{name}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
+        self.ignore_index = ignore_index
         self.accumulate, self.max_scale, self.refresh_every = accumulate, max_scale, refresh_every
         for counter in COUNTERS:
             setattr(self, counter, 0)
@@ -213,7 +234,9 @@ class FactoredOutput(nn.Module):
         return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if self.has_bias else hidden
 
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ids = check_ids(name, label, ids, shape, "the layer", self.v)
+        return self._in_range(name, label, check_ids(name, label, ids, shape, "the layer", self.v))
+
+    def _in_range(self, name: str, label: str, ids: Tensor) -> Tensor:
         if ids.numel():
             low, high = (int(x) for x in torch.aminmax(ids))
             if low < 0 or high >= self.num_classes:
@@ -249,13 +272,22 @@ class FactoredOutput(nn.Module):
             index = index.gather(1, place)
         return best, index
 
-    def forward(self, hidden: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        *,
+        class_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         name = "FactoredOutput"
         inputs = self._hidden(name, hidden)
         several = isinstance(target, Tensor) and target.dim() == 2
         count = target.shape[1] if several else 1
         shape = (len(hidden), count) if several else (len(hidden),)
-        target = self._ids(name, "target", target, shape).reshape(len(hidden), count)
+        target, ignored = self._targets(name, target, shape)
+        target = target.reshape(len(hidden), count)
         if several and target_weight is None:
             raise ValueError(f"{name}: `target_weight` must be given with target (B, K), got None")
         if target_weight is not None:
@@ -266,16 +298,102 @@ class FactoredOutput(nn.Module):
                 )
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
+        row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
         training = torch.is_grad_enabled()
         if training and self._open and not self.accumulate:
             raise RuntimeError(f"{name}: second forward before a step; pass accumulate=True to add gradients")
+        if ignored is not None:
+            ignored = ignored.reshape(len(hidden), count)
+            rows = ignored.all(1)
+            inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
+            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
+            row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
         if training and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
+        weights = [w for w in (target_weight, row_weight) if w is not None]
         with torch.autocast(inputs.device.type, enabled=False):
-            t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
-            loss = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+            if self._has_closed_form(count) and not any(w.requires_grad for w in weights):
+                share = self._share(len(hidden), target_weight, row_weight)
+                loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
+                loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
+            else:
+                t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
+                losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+                if ignored is not None:
+                    losses = losses.masked_fill(rows, 0)
+                loss = losses.mean() if row_weight is None else (losses * row_weight).sum() / row_weight.sum()
         self._open += training
-        return loss.mean()
+        return loss
+
+    def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Checked, with class 0 for ignored ones; and where these are, None for nowhere."""
+        target = check_ids(name, "target", target, shape, "the layer", self.v)
+        if not (target.numel() and bool((target == self.ignore_index).any())):
+            return self._in_range(name, "target", target), None
+        ignored = target == self.ignore_index
+        return self._in_range(name, "target", target.masked_fill(ignored, 0)), ignored
+
+    def _row_weight(
+        self, name: str, target: Tensor, count: int, class_weight: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor | None:
+        if class_weight is not None and count != 1:
+            raise ValueError(f"{name}: `class_weight` must be None with several targets an example (use target_weight)")
+        for label, w, size, shape, why in (
+            ("class_weight", class_weight, self.num_classes, "(C,)", "one a class"),
+            ("sample_weight", sample_weight, len(target), "(B,)", "one an example"),
+        ):
+            if w is not None:
+                check_floating(name, label, w, shape, 1)
+                check_size(name, label, w, 0, size, why)
+                check_device(name, label, w, "the layer", self.v)
+        weight = None if sample_weight is None else sample_weight.to(self.v.dtype)
+        if class_weight is not None:
+            of_class = class_weight[target[:, 0]].to(self.v.dtype)
+            weight = of_class if weight is None else weight * of_class
+        return weight
+
+    def _share(self, rows: int, target_weight: Tensor | None, row_weight: Tensor | None) -> Tensor | float:
+        """What each loss (B, K) counts in the mean."""
+        if row_weight is None:
+            share: Tensor | float = 1 / max(rows, 1)
+        else:
+            share = (row_weight / row_weight.sum())[:, None].masked_fill(row_weight[:, None] == 0, 0)
+        return share if target_weight is None else share * target_weight
+
+    def _has_closed_form(self, targets: int) -> bool:
+        return isinstance(self.loss, str) and (self.loss != "mse" or targets == 1)
+
+    def _closed_form(self, t: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""
+        classes = self.num_classes
+        if self.loss == "z":
+            flat = v == 0
+            deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
+            scale = (deviation + self.eps).reciprocal_().masked_fill_(flat, 0)
+            z = t * scale
+            loss = F.softplus(self.b - z, beta=self.a, threshold=40)
+            d_t = torch.sigmoid(self.a * (self.b - z)).mul_(scale).neg_()
+            d_v = (d_t * z).div_(deviation * (-2 * classes))
+            return loss, d_t, d_v, torch.zeros_like(mean)
+        if self.loss == "mse":
+            loss = v + classes * mean.square() - 2 * (t + mean) + 1
+            return loss, torch.full_like(t, -2), torch.ones_like(v), 2 * classes * mean - 2
+        # log of a total less the log of the target's share, squares of o + shift each
+        shift, plus = (0.0, self.eps) if self.loss == "spherical" else (1.0, 1.0)
+        center, entry = mean + shift, t + mean + shift
+        total, score = v + classes * (center.square() + plus), entry.square() + plus
+        d_t = -2 * entry / score
+        d_v = total.reciprocal()
+        return total.log() - score.log(), d_t, d_v, 2 * classes * center * d_v + d_t
+
+    def _backward(self, ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
+        """The gradient to hidden; that of the weight is kept for the step."""
+        if self._revision != ctx.revision:
+            raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
+        rows, gradient = factored.gradient(self._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
+        g = (x.contiguous() for x in (g_t, g_v, g_mean))
+        self._pending.append(factored.Gradients(ctx.hidden, ctx.target, *g, rows, ctx.product))
+        return gradient
 
     def _loss(self, t: Tensor, v: Tensor, mean: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Losses (B,) from the statistics (B, K), (B, 1), (B, 1)."""
@@ -409,6 +527,11 @@ class FactoredOutput(nn.Module):
     def extra_repr(self) -> str:
         loss = repr(self.loss) if isinstance(self.loss, str) else getattr(self.loss, "__name__", "callable")
         return f"{self.in_features}, {self.num_classes}, bias={self.has_bias}, loss={loss}"
+
+
+def _nan_if_none(loss: Tensor, row_weight: Tensor | None) -> Tensor:
+    """NaN, as any mean of nothing, where no row counts."""
+    return loss / 0 if row_weight is None else loss + 0 * (1 / row_weight.sum())
 
 
 def _joined(parts: list[factored.Gradients]) -> factored.Gradients:

@@ -39,7 +39,7 @@ class State:
 
 @dataclass
 class Gradients:
-    """Of the statistics: g_v, g_mean for each row of hidden; g_t for each of its targets. And what `statistics` gave."""
+    """By the statistics: g_v, g_mean for each row of hidden; g_t for each of its targets. And what the forward had."""
 
     hidden: Tensor  # (B, d)
     target: Tensor  # (B, K)

@@ -40,7 +40,7 @@ class _Statistics(torch.autograd.Function):
 
 
 class _BuiltIn(torch.autograd.Function):
-    """The sum of the built-in losses (B, K) times `share`, with their derivatives in closed form in the forward pass."""
+    """The sum of the built-in losses (B, K) times `share`; their derivatives in closed form, in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
@@ -100,12 +100,26 @@ class FactoredOutput(nn.Module):
             not finite, a backward pass after the weight has changed. No error changes the state.
 
     Memory:
-        (C + 4 D) D numbers, and O((B K + D) D) in a step. Every 32 steps, and when a row of the step grows beyond
-        `max_scale`, the singular values of U are looked at; those out of range are moved into V in O(C D) for each,
-        counted in `moved_directions`, and the passes over V in `stabilisations`.
+        (C + 4 D) D numbers, and O((B K + D) D) in a step, kept from one step to the next.
+
+    Upkeep:
+        Every 64 steps a few vectors look at U and its inverse, in O(D^2): singular values beyond `max_scale` are moved
+        into V, in O(C D) for each, counted in `moved_directions` and the passes in `stabilisations` (also at once, when
+        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`. Every
+        4096 steps a read of V looks at the Gram matrix and the means (:meth:`drift`); where they are off, and every
+        `refresh_every` steps, they are computed anew, counted in `refreshes`.
+
+    Several processes:
+        Each holds the whole layer. ``step(..., group=group)``, or ``FactoredSGD(..., group=group)``, gathers the hidden
+        states, their products with the Gram matrix and the gradients by the statistics, (3 D + K + 2) numbers an
+        example, of all ranks of the ``torch.distributed`` group, divides the gradients by the number of ranks as
+        DistributedDataParallel does, and does the same step on every rank; a rank without a gradient takes part with no
+        rows. With equal batches this is the step of one process with all of them. The layer has no parameters for
+        DistributedDataParallel to average; give that ``broadcast_buffers=False``, or it sends V in every forward pass.
 
     Determinism:
-        As the matrix products, solver and index_add of PyTorch on the device.
+        As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the
+        number of threads.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very
@@ -391,8 +405,8 @@ class FactoredOutput(nn.Module):
         if self._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
         rows, gradient = factored.gradient(self._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
-        g = (x.contiguous() for x in (g_t, g_v, g_mean))
-        self._pending.append(factored.Gradients(ctx.hidden, ctx.target, *g, rows, ctx.product))
+        g_t, g_v, g_mean = (x.contiguous() for x in (g_t, g_v, g_mean))
+        self._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
         return gradient
 
     def _loss(self, t: Tensor, v: Tensor, mean: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -422,7 +436,7 @@ class FactoredOutput(nn.Module):
         return (loss if weight is None else loss * weight).sum(1)
 
     def _plan(self, lr: float, weight_decay: float, group: Any) -> factored.Plan | None:
-        """The step with the gradients since the last one, of all ranks; None where nobody has one. Nothing is written."""
+        """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
         check_number(name, "lr", lr)
         check_number(name, "weight_decay", weight_decay)
@@ -475,9 +489,8 @@ class FactoredOutput(nn.Module):
             elif not error <= INVERSE_ERROR * eps:
                 factored.invert(self._state(), error)
                 self.inversions += 1
-        if self.refresh_every and self.steps % self.refresh_every == 0:
-            self.refresh()
-        elif self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps:
+        due = bool(self.refresh_every) and self.steps % self.refresh_every == 0
+        if due or (self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps):
             self.refresh()
 
     def _count(self, moved: int) -> None:
@@ -539,7 +552,9 @@ def _joined(parts: list[factored.Gradients]) -> factored.Gradients:
         return parts[0]
     most = max(part.target.shape[1] for part in parts)
     padded = [_padded(part, most) for part in parts]
-    return factored.Gradients(*(torch.cat(columns) for columns in zip(*(vars(p).values() for p in padded), strict=True)))
+    return factored.Gradients(
+        *(torch.cat(columns) for columns in zip(*(vars(p).values() for p in padded), strict=True))
+    )
 
 
 def _padded(part: factored.Gradients, targets: int) -> factored.Gradients:
@@ -576,17 +591,25 @@ def _gathered(
         return None
     grads = _padded(grads, most)
     rows = max(counts)
-    numbers = torch.cat([grads.hidden, grads.rows, grads.product, grads.g_v[:, None], grads.g_mean[:, None], grads.g_t], 1)
+    numbers = torch.cat(
+        [grads.hidden, grads.rows, grads.product, grads.g_v[:, None], grads.g_mean[:, None], grads.g_t], 1
+    )
     parts: list[Tensor] = []
     for packed in (numbers, grads.target):
         mine = F.pad(packed, (0, 0, 0, rows - len(packed))).contiguous()
         others = [torch.empty_like(mine) for _ in range(world)]
         distributed.all_gather(others, mine, group=group)
         parts.append(torch.cat([other[:count] for other, count in zip(others, counts, strict=True)]))
-    hidden, entries, product, g_v, g_mean, g_t = parts[0].split([width, width, width, 1, 1, most], 1)
+    hidden, entries, product, g_v, g_mean, g_t = torch.split(parts[0], [width, width, width, 1, 1, most], 1)
     share = 1 / world
     return factored.Gradients(
-        hidden.contiguous(), parts[1], (g_t * share).contiguous(), (g_v[:, 0] * share).contiguous(), (g_mean[:, 0] * share).contiguous(), (entries * share).contiguous(), product.contiguous()
+        hidden.contiguous(),
+        parts[1],
+        (g_t * share).contiguous(),
+        (g_v[:, 0] * share).contiguous(),
+        (g_mean[:, 0] * share).contiguous(),
+        (entries * share).contiguous(),
+        product.contiguous(),
     )
 
 

@@ -182,6 +182,193 @@ void gradient_any(const T* x, int64_t x_stride, T* g, int64_t g_stride, int64_t 
                                                     scale, spike, threads);
 }
 
+// out_j = f(j) for j < d, a vector at a time; f(j, n) gives the n lanes from j on, n = 0 for all of them.
+template <class T, class F>
+FASTLOSS_INLINE void fill(T* out, int64_t d, F f) {
+  constexpr int kN = Lanes<T>::kCount;
+  int64_t j = 0;
+  for (; j + kN <= d; j += kN) store(out + j, f(j, 0));
+  if (j < d) store_some<T>(out + j, f(j, int(d - j)), int(d - j));
+}
+
+template <class T>
+FASTLOSS_INLINE Vec<T> part(const T* p, int n) {
+  return n ? load_some(p, n) : load(p);
+}
+
+template <class T>
+FASTLOSS_INLINE T dot(const T* a, const T* b, int64_t d) {
+  constexpr int kN = Lanes<T>::kCount;
+  Vec<T> s0{}, s1{};
+  int64_t j = 0;
+  for (; j + 2 * kN <= d; j += 2 * kN) {
+    s0 += load(a + j) * load(b + j);
+    s1 += load(a + j + kN) * load(b + j + kN);
+  }
+  for (; j + kN <= d; j += kN) s0 += load(a + j) * load(b + j);
+  if (j < d) s1 += load_some(a + j, int(d - j)) * load_some(b + j, int(d - j));
+  return sum_of<T>(s0 + s1);
+}
+
+template <class T>
+void factored_statistics(const T* rows, const T* product, const T* hidden, const T* mean_row, int64_t n, int64_t pairs,
+                         int64_t d, T* t, T* square, T* mean, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    const T* h = hidden + i * d;
+    for (int64_t k = 0; k < pairs; ++k) t[i * pairs + k] = dot(rows + (i * pairs + k) * d, h, d);
+    const T q = dot(product + i * d, h, d);
+    square[i] = q < 0 ? T(0) : q;
+    mean[i] = dot(mean_row, h, d);
+  }
+}
+
+template <class T>
+void factored_gradient(const T* rows, const T* product, const T* mean_row, const T* g_t, const T* g_v, const T* g_mean,
+                       int64_t n, int64_t pairs, int64_t d, T* weighted, T* gradient, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    T* w = weighted + i * d;
+    for (int64_t k = 0; k < pairs; ++k) {
+      const T g = g_t[i * pairs + k];
+      const T* row = rows + (i * pairs + k) * d;
+      if (k == 0)
+        fill(w, d, [&](int64_t j, int m) { return part(row + j, m) * g; });
+      else
+        fill(w, d, [&](int64_t j, int m) { return part(w + j, m) + part(row + j, m) * g; });
+    }
+    const T twice = 2 * g_v[i], shift = g_mean[i];
+    const T* p = product + i * d;
+    fill(gradient + i * d, d,
+         [&](int64_t j, int m) { return part(w + j, m) + part(p + j, m) * twice + part(mean_row + j, m) * shift; });
+  }
+}
+
+template <class T>
+void factored_factors(const T* hidden, const T* product, const T* weighted, const T* g_v, T lr, T shrink, int64_t n,
+                      int64_t d, T* scaled, T* half, T* full, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    const T diagonal = -2 * lr * g_v[i];
+    const T *h = hidden + i * d, *p = product + i * d, *w = weighted + i * d;
+    fill(scaled + i * d, d, [&](int64_t j, int m) { return part(h + j, m) * diagonal; });
+    fill(half + i * d, d, [&](int64_t j, int m) { return part(p + j, m) * (diagonal / 2) - part(w + j, m) * lr; });
+    fill(full + i * d, d, [&](int64_t j, int m) { return (part(p + j, m) * diagonal - part(w + j, m) * lr) * shrink; });
+  }
+}
+
+template <class T>
+void factored_pairs(T* x, const int64_t* target, const T* g_t, const T* g_v, T lr, T classes, int64_t n) {
+  const T same = lr * lr / 2, all = same / classes;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      const T factor = (target[i] == target[j] ? same : T(0)) - all;
+      x[i * n + j] = x[i * n + j] * (-2 * lr * g_v[j]) + factor * (g_t[i] * g_t[j]);
+    }
+}
+
+template <class T>
+bool factored_inverse(T* x, const T* g_v, T lr, T shrink, int64_t n, int64_t* order) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) x[i * n + j] *= -2 * lr * g_v[j];
+    x[i * n + i] += shrink;
+  }
+  for (int64_t p = 0; p < n; ++p) {
+    int64_t best = p;
+    T size = 0;
+    for (int64_t i = p; i < n; ++i) {
+      const T here = x[i * n + p] < 0 ? -x[i * n + p] : x[i * n + p];
+      if (here > size) {
+        size = here;
+        best = i;
+      }
+    }
+    order[p] = best;
+    if (!(size > 0)) return false;
+    T* row = x + p * n;
+    if (best != p)
+      for (int64_t j = 0; j < n; ++j) {
+        const T kept = row[j];
+        row[j] = x[best * n + j];
+        x[best * n + j] = kept;
+      }
+    const T inverse = 1 / row[p];
+    row[p] = 1;
+    fill(row, n, [&](int64_t j, int m) { return part(row + j, m) * inverse; });
+    for (int64_t i = 0; i < n; ++i) {
+      if (i == p) continue;
+      T* other = x + i * n;
+      const T factor = other[p];
+      other[p] = 0;
+      fill(other, n, [&](int64_t j, int m) { return part(other + j, m) - part(row + j, m) * factor; });
+    }
+  }
+  for (int64_t p = n - 1; p >= 0; --p)  // rows were swapped, so columns of the inverse are
+    if (order[p] != p)
+      for (int64_t i = 0; i < n; ++i) {
+        const T kept = x[i * n + p];
+        x[i * n + p] = x[i * n + order[p]];
+        x[i * n + order[p]] = kept;
+      }
+  return true;
+}
+
+template <class T>
+T factored_growth(const T* solution, const T* hidden, int64_t n, int64_t d) {
+  T most = 0;  // of the squares
+  for (int64_t i = 0; i < n; ++i) {
+    const T size = dot(hidden + i * d, hidden + i * d, d);
+    if (size == 0) continue;
+    const T ratio = dot(solution + i * d, solution + i * d, d) / size;
+    if (!(ratio == ratio)) return T(__builtin_inf());
+    most = ratio > most ? ratio : most;
+  }
+  return T(__builtin_sqrt(double(most)));
+}
+
+template <class T>
+void factored_scatter(T* v, const int64_t* target, const T* g_t, const T* solution, T lr, int64_t n, int64_t pairs,
+                      int64_t d, int threads) {
+  constexpr int64_t kColumns = 128;  // of a row, for one thread: classes repeat, so rows are not split among threads
+  const int64_t blocks = (d + kColumns - 1) / kColumns;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * kColumns, width = lesser(kColumns, d - begin);
+    for (int64_t i = 0; i < n * pairs; ++i) {
+      const T factor = -lr * g_t[i];
+      T* out = v + target[i] * d + begin;
+      const T* z = solution + i / pairs * d + begin;
+      fill(out, width, [&](int64_t j, int m) { return part(out + j, m) + part(z + j, m) * factor; });
+    }
+  }
+}
+
+// Square blocks, so that the column of `change` that meets a row comes from L1.
+constexpr int64_t kSquare = 16;
+
+template <class T>
+void symmetric_update(T* x, const T* change, int64_t n, T scale, int threads) {
+  constexpr int kN = Lanes<T>::kCount;
+  const int64_t blocks = (n + kSquare - 1) / kSquare;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < blocks; ++row) {
+    T turned[kSquare * kSquare];
+    const int64_t i0 = row * kSquare, height = lesser(kSquare, n - i0);
+    for (int64_t j0 = 0; j0 < n; j0 += kSquare) {
+      const int64_t width = lesser(kSquare, n - j0);
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = 0; i < height; ++i) turned[i * kSquare + j] = change[(j0 + j) * n + i0 + i];
+      for (int64_t i = 0; i < height; ++i) {
+        T* out = x + (i0 + i) * n + j0;
+        const T *a = change + (i0 + i) * n + j0, *b = turned + i * kSquare;
+        int64_t j = 0;
+        for (; j + kN <= width; j += kN) store(out + j, load(out + j) * scale + (load(a + j) + load(b + j)));
+        for (; j < width; ++j) out[j] = out[j] * scale + (a[j] + b[j]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 namespace fastloss {
@@ -190,8 +377,14 @@ namespace FASTLOSS_ISA {
 
 extern const SphericalKernels<float> spherical_float;
 extern const SphericalKernels<double> spherical_double;
-const SphericalKernels<float> spherical_float = {moments<float>, gradient_any<float>};
-const SphericalKernels<double> spherical_double = {moments<double>, gradient_any<double>};
+const SphericalKernels<float> spherical_float = {
+    moments<float>,          gradient_any<float>,    factored_statistics<float>, factored_gradient<float>,
+    factored_factors<float>, factored_pairs<float>,  factored_inverse<float>,    factored_growth<float>,
+    factored_scatter<float>, symmetric_update<float>};
+const SphericalKernels<double> spherical_double = {
+    moments<double>,          gradient_any<double>,    factored_statistics<double>, factored_gradient<double>,
+    factored_factors<double>, factored_pairs<double>,  factored_inverse<double>,    factored_growth<double>,
+    factored_scatter<double>, symmetric_update<double>};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace cpu

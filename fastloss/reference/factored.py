@@ -16,19 +16,40 @@ class FactoredOutput(nn.Module):
         a: float = 1.0,
         b: float = 0.0,
         eps: float | None = None,
+        ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        self.ignore_index = ignore_index
         self.linear, self.loss, self.a, self.b = linear, loss, a, b
         self.eps = {"z": 1e-12, "spherical": 1e-6}.get(str(loss), 0.0) if eps is None else eps
 
-    def forward(self, hidden: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        *,
+        class_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         logits: Tensor = self.linear(hidden)
         if target.dim() == 1:
             target = target[:, None]
         weight = torch.ones_like(target, dtype=logits.dtype) if target_weight is None else target_weight
+        counts = target != self.ignore_index
+        weight, target = torch.where(counts, weight, 0), torch.where(counts, target, 0)
+        share = counts.any(1).to(logits.dtype)
+        if sample_weight is not None:
+            share = share * sample_weight
+        if class_weight is not None:
+            share = share * class_weight[target[:, 0]]
+        losses = torch.where(share == 0, 0, self._losses(logits, target, weight))
+        return (losses * share).sum() / share.sum()
+
+    def _losses(self, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         if self.loss == "mse":
             dense = torch.zeros_like(logits).scatter_add(1, target, weight)
-            return (logits - dense).square().sum(1).mean()
+            return (logits - dense).square().sum(1)
         entry = logits.gather(1, target)
         loss: Tensor
         if self.loss == "z":
@@ -48,4 +69,4 @@ class FactoredOutput(nn.Module):
             assert callable(self.loss)
             q, s = logits.square().sum(1, keepdim=True), logits.sum(1, keepdim=True)
             loss = self.loss(entry, q.expand_as(entry), s.expand_as(entry))
-        return (loss * weight).sum(1).mean()
+        return (loss * weight).sum(1)

@@ -1,23 +1,37 @@
 """Exact SGD on a dense output weight held as W = V U + 1 (delta + mean)^T, at a cost that does not know the classes.
 
-With C classes, the state is V (C, d), U (d, d), the mean row of W, delta (so that V U + 1 delta^T has zero column
-means) and the centred Gram (W - 1 mean^T)^T (W - 1 mean^T). Centred statistics do not cancel when logits are shifted.
+With C classes, the state is V (C, d), U (d, d) and its inverse, the mean row of W, delta (so that V U + 1 delta^T has
+zero column means) and the centred Gram (W - 1 mean^T)^T (W - 1 mean^T). Centred statistics do not cancel when logits
+are shifted.
+
+A step with m rows of hidden H multiplies W by M = shrink I + H^T D H, D diagonal, and adds H^T times few numbers to the
+rows of the targets. In units of m d^2 multiply-adds it costs 7: one for V[target] U and one for H Gram (forward pass),
+one for H U^-1, two for U M, one for M^-1 U^-1 (Woodbury, which has H U^-1 already), one for the Gram, whose change is
+H^T Y + (H^T Y)^T; and about 1 more for products of (m, m) and (m, d) matrices. The floor is that of the products: the
+matrices of d^2 numbers stay in the caches.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastloss._backends import implementation
+
 ROWS = 16384  # of V in a tile
+PROBES = 8  # vectors that look at U and its inverse
+ROUNDS = 2  # of the power iteration of these
 
 
 @dataclass
 class State:
     v: Tensor
     u: Tensor
+    inverse: Tensor
     delta: Tensor
     mean: Tensor
     gram: Tensor
@@ -25,14 +39,15 @@ class State:
 
 @dataclass
 class Gradients:
-    """Of the statistics: g_v, g_mean for each row of hidden; g_t for each pair (row of hidden, target)."""
+    """By the statistics: g_v, g_mean for each row of hidden; g_t for each of its targets. And what the forward had."""
 
     hidden: Tensor  # (B, d)
-    owner: Tensor  # (N,) the row of hidden of each pair
-    target: Tensor  # (N,)
-    g_t: Tensor  # (N,)
+    target: Tensor  # (B, K)
+    g_t: Tensor  # (B, K)
     g_v: Tensor  # (B,)
     g_mean: Tensor  # (B,)
+    rows: Tensor  # (B, d) the centred rows of W at the targets, summed with g_t
+    product: Tensor  # (B, d) hidden times the Gram
 
 
 def from_dense(weight: Tensor) -> State:
@@ -43,11 +58,15 @@ def from_dense(weight: Tensor) -> State:
     v -= rest
     mean = mean + rest
     eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return State(v, eye, torch.zeros_like(mean), mean, v.T @ v)
+    return State(v, eye, eye.clone(), torch.zeros_like(mean), mean, v.T @ v)
 
 
 def to_dense(state: State) -> Tensor:
-    return state.v @ state.u + (state.delta + state.mean)
+    return torch.addmm(state.delta + state.mean, state.v, state.u)
+
+
+def _kernels(state: State) -> Any:
+    return implementation("spherical", state.u.device)
 
 
 def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -55,99 +74,204 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
 
     And what the gradient to hidden needs again: the centred rows of W (B, K, d), and hidden times the Gram (B, d).
     """
-    rows = state.v[target] @ state.u + state.delta
+    seen = state.v.index_select(0, target.flatten())
+    rows = torch.addmm(state.delta, seen, state.u).view(*target.shape, len(state.u))
     product = hidden @ state.gram
-    square = (product * hidden).sum(1).clamp(min=0)
-    return (rows * hidden[:, None]).sum(2), square, hidden @ state.mean, rows, product
+    return *_kernels(state).factored_statistics(rows, product, hidden, state.mean), rows, product
 
 
-def input_gradient(state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
-    """Gradient to hidden from the gradients of the three statistics."""
-    return (g_t[:, :, None] * rows).sum(1) + 2 * g_v[:, None] * product + g_mean[:, None] * state.mean
+def gradient(
+    state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows of the targets summed with g_t, and the gradient to hidden, from the gradients of the statistics."""
+    weighted, result = _kernels(state).factored_gradient(rows, product, state.mean, g_t, g_v, g_mean)
+    return weighted, result
 
 
-def step(state: State, grads: Gradients, lr: float, decay: float, limit: float) -> tuple[State, int]:
-    """The SGD step W - lr (dL/dW + decay W), and how many directions of U had to be moved into V for it.
+class Scratch:
+    """Memory for the intermediate results of a step, kept from one to the next: new pages cost as much as the sums."""
 
-    V is written in place: in the rows of the targets, and in all rows when a solution with U grows beyond `limit`.
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < count or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._kept[name] = like.new_empty(count)
+        return kept[:count].view(shape)
+
+
+@dataclass
+class Plan:
+    """A step that has been computed and not written."""
+
+    state: State
+    grads: Gradients
+    lr: float
+    shrink: float
+    change: Tensor  # half of that of the Gram, see `plan`
+    scaled: Tensor  # D H
+    solution: Tensor  # H U^-1 after the step
+    u_change: Tensor  # U H^T; all of the new U in large batches
+    inverse: Tensor | None  # in large batches
+    growth: float
+
+
+def plan(state: State, grads: Gradients, lr: float, decay: float, scratch: Scratch) -> Plan:
+    """The SGD step W - lr (dL/dW + decay W); raises OverflowError when it is not finite."""
+    kernels = _kernels(state)
+    hidden, shrink = grads.hidden, 1 - lr * decay
+    n, width = hidden.shape
+
+    def take(name: str, *shape: int) -> Tensor:
+        return scratch.take(name, state.u, *shape)
+
+    # The Gram of Wc M - lr (I - 1 1^T / C) S, with S the sparse gradient, whose row of class c is the sum of g_t h over
+    # the targets c. All terms of the change are of the form H^T Y + Y^T H.
+    scaled, half, full = take("scaled", n, width), take("half", n, width), take("full", n, width)
+    kernels.factored_factors(hidden, grads.product, grads.rows, grads.g_v, lr, shrink, (scaled, half, full))
+    small = torch.mm(half, hidden.T, out=take("small", n, n))
+    kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, len(state.v))
+    full.addmm_(small, hidden)
+    if not math.isfinite(float(full.sum()) + float(grads.g_mean.sum()) * lr):
+        raise OverflowError
+    change = torch.mm(hidden.T, full, out=take("change", width, width))
+
+    inverse = None
+    if n < width:
+        factor, exists = kernels.factored_inverse(
+            torch.mm(hidden, hidden.T, out=take("small", n, n)), grads.g_v, lr, shrink
+        )
+        solution = torch.mm(hidden, state.inverse, out=half)
+        solution = torch.mm(factor, solution, out=take("solution", n, width))
+        u_change = torch.mm(state.u, hidden.T, out=take("u", width, n))
+    else:
+        m = hidden.T @ scaled
+        m.diagonal().add_(shrink)
+        inverse, info = torch.linalg.solve_ex(m, state.inverse)
+        exists = int(info) == 0
+        solution = hidden @ inverse
+        u_change = state.u @ m
+    growth = kernels.factored_growth(solution, hidden) if exists and shrink != 0 else math.inf
+    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, growth)
+
+
+def commit(plan: Plan, limit: float) -> int:
+    """Writes the step; how many directions of U had to be moved into V for it.
+
+    V is written in the rows of the targets, and in all rows when a row of H U^-1 grew beyond `limit`.
     """
-    classes, width = state.v.shape
-    hidden = grads.hidden
-    shrink = 1 - lr * decay
-    scaled = (-2 * lr * grads.g_v)[:, None] * hidden
-    m = None if len(hidden) < width else torch.eye(width, dtype=hidden.dtype, device=hidden.device).mul_(shrink)
-    if m is not None:
-        m += hidden.T @ scaled
-
-    def times_m(x: Tensor) -> Tensor:  # M = shrink I + hidden^T scaled is symmetric, of low rank in small batches
-        return torch.addmm(x, x @ hidden.T, scaled, beta=shrink) if m is None else x @ m
-
-    seen, inverse = grads.target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    pairs = grads.g_t[:, None] * hidden[grads.owner]
-    sparse = hidden.new_zeros(len(seen), width).index_add_(0, inverse, pairs)
-    average = sparse.sum(0) / classes
-    u, delta = times_m(state.u), times_m(state.delta[None])[0]
-    rows = state.v[seen] @ u + delta
-    cross = (rows - lr / 2 * sparse).T @ sparse
-    gram = times_m(times_m(state.gram).T) - lr * (cross + cross.T) - lr * lr * classes * torch.outer(average, average)
-    change, growth = _solve(u, sparse)
+    state, grads, scaled, solution, shrink = plan.state, plan.grads, plan.scaled, plan.solution, plan.shrink
+    hidden, share = grads.hidden, plan.lr / len(state.v)
+    kernels = _kernels(state)
+    tame = plan.growth <= limit  # false for NaN
+    if not tame and not bool((plan.u_change.sum() + scaled.sum()).isfinite()):
+        raise OverflowError
+    if len(hidden) < len(state.u):
+        state.u.addmm_(plan.u_change, scaled, beta=shrink)
+        if tame:
+            state.inverse.addmm_(scaled.T, solution, beta=1 / shrink, alpha=-1 / shrink)
+    else:
+        state.u.copy_(plan.u_change)
+        if tame:
+            assert plan.inverse is not None
+            state.inverse.copy_(plan.inverse)
     moved = 0
-    if not growth <= limit:
-        u, moved = stabilise(state.v, u, limit)
-        change, _ = _solve(u, sparse)
-    mean = shrink * state.mean - lr / classes * (hidden.T @ grads.g_mean)
-    state.v.index_add_(0, seen, change, alpha=-lr)
-    return State(state.v, u, delta + lr * average, mean, gram), moved
+    if not tame:
+        moved = stabilise(state, limit)
+        solution = hidden @ state.inverse
+    kernels.symmetric_update(state.gram, plan.change, shrink * shrink)
+    kernels.factored_scatter(state.v, grads.target, grads.g_t, solution, plan.lr)
+    delta = torch.addmv(state.delta, scaled.T, hidden @ state.delta, beta=shrink)
+    torch.addmv(delta, hidden.T, grads.g_t.sum(1), alpha=share, out=state.delta)
+    state.mean.mul_(shrink).addmv_(hidden.T, grads.g_mean, alpha=-share)
+    return moved
 
 
-def _solve(u: Tensor, sparse: Tensor) -> tuple[Tensor, float]:
-    """sparse U^-1, and the most that a row grew by: a lower bound of 1 / (the least singular value of U)."""
-    solution, info = torch.linalg.solve_ex(u.T, sparse.T)
-    change = solution.T
-    size = sparse.norm(dim=1)
-    growth = torch.where(size > 0, change.norm(dim=1) / size, 0)
-    return change, float("inf") if int(info) else float(growth.max()) if len(growth) else 0.0
+def watch(state: State) -> tuple[float, float]:
+    """An estimate of max(s, 1 / s) over the singular values s of U, and the error of its inverse, from a few vectors.
+
+    The estimate comes from a block power iteration; it is not above the truth but for rounding, and close to it.
+    """
+    width = len(state.u)
+    start = torch.randn(width, min(width, PROBES), generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    start = start.to(state.u)
+    error = torch.linalg.vector_norm(state.inverse @ (state.u @ start) - start) / torch.linalg.vector_norm(start)
+    scale = 1.0
+    for matrix in (state.u, state.inverse):
+        block = start
+        for _ in range(ROUNDS):
+            block = matrix.T @ (matrix @ torch.linalg.qr(block)[0])
+        scale = max(scale, float(torch.linalg.matrix_norm(matrix @ torch.linalg.qr(block)[0], 2)))
+    return scale, float(error)
 
 
-def scale_bound(u: Tensor) -> float:
-    """An upper bound of max(s, 1 / s) over the singular values s of U, at most d^(1/16) times too large."""
-    inverse, info = torch.linalg.inv_ex(u)
-    return float("inf") if int(info) else max(_norm_bound(u), _norm_bound(inverse))
+def invert(state: State, error: float) -> None:
+    """The inverse of U anew: by one Newton step from an inverse whose `error` is small."""
+    if error < 0.1:
+        eye = torch.eye(len(state.u), dtype=state.u.dtype, device=state.u.device)
+        state.inverse.addmm_(state.inverse.clone(), eye.addmm_(state.u, state.inverse, alpha=-1))
+    else:
+        state.inverse.copy_(torch.linalg.inv(state.u.double()))
 
 
-def _norm_bound(x: Tensor) -> float:
-    """The 2-norm as ||(x^T x)^4||_F^(1/8)."""
-    size = x.norm()
-    power = x / size
-    power = power.T @ power
-    power = power @ power
-    power = power @ power
-    return float(size * power.norm() ** 0.125)
-
-
-def stabilise(v: Tensor, u: Tensor, limit: float) -> tuple[Tensor, int]:
-    """U with its singular values outside [1 / limit, limit] set to 1, which V takes over in place; how many."""
-    left, s, right = torch.linalg.svd(u.double())
+def stabilise(state: State, limit: float) -> int:
+    """Sets the singular values of U outside [1 / limit, limit] to 1, which V takes over; how many. In place."""
+    left, s, right = torch.linalg.svd(state.u.double())
     out = (s > limit) | (s < 1 / limit)
     moved = int(out.sum())
     if moved:
-        basis = left[:, out].to(v.dtype)
-        change = ((s[out] - 1)[:, None] * left[:, out].T).to(v.dtype)
-        for tile in torch.split(v, ROWS):
+        basis = left[:, out].to(state.v.dtype)
+        change = ((s[out] - 1)[:, None] * left[:, out].T).to(state.v.dtype)
+        for tile in torch.split(state.v, ROWS):
             tile += (tile @ basis) @ change
-        u = ((left * torch.where(out, 1, s)) @ right).to(u.dtype)
-    return u, moved
+        s = torch.where(out, 1, s)
+        state.u.copy_((left * s) @ right)
+    state.inverse.copy_((right.T / s) @ left.T)
+    return moved
 
 
-def refresh(state: State) -> State:
-    """The same W with its mean, delta and Gram computed anew from V and U, in O(C d^2)."""
-    mean_v = state.v.mean(0)
-    gram = torch.zeros_like(state.gram)
+def drift(state: State) -> float:
+    """Relative error of the kept column means and Gram, from a few vectors; one read of V."""
+    width = len(state.u)
+    probes = torch.randn(width, PROBES, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
+    probes = (probes / width**0.5).to(state.u)
+    inner, offset = state.u @ probes, state.delta @ probes
+    total = torch.zeros(PROBES, dtype=torch.float64, device=inner.device)
+    product = torch.zeros(width, PROBES, dtype=torch.float64, device=inner.device)
+    for tile in torch.split(state.v, ROWS):
+        logits = (tile @ inner).add_(offset)
+        total += logits.sum(0)
+        product += tile.T @ logits
+    exact = state.u.T.double() @ product + state.delta.double()[:, None] * total
+    kept = (state.gram @ probes).double()
+    size = float(torch.linalg.vector_norm(exact))
+    if size == 0:
+        return 0.0 if not kept.any() else float("inf")
+    error = float(torch.linalg.vector_norm(kept - exact)) / size
+    spread = float((probes.double() * exact).sum(0).clamp(min=0).sum())  # of the logits, as C times a square
+    bias = float(total.square().sum()) / len(state.v)
+    return max(error, (bias / spread) ** 0.5 if spread else 0.0)
+
+
+def refresh(state: State) -> None:
+    """Computes mean, delta, Gram and the inverse anew from V and U, in O(C d^2); W stays. In place."""
+    mean_v = torch.zeros(len(state.u), dtype=torch.float64, device=state.u.device)
+    for tile in torch.split(state.v, ROWS):
+        mean_v += tile.sum(0)
+    mean_v = (mean_v / len(state.v)).to(state.v.dtype)
+    gram = torch.zeros_like(state.gram, dtype=torch.float64)
     for tile in torch.split(state.v, ROWS):
         centred = tile - mean_v
-        gram.addmm_(centred.T, centred)
+        gram += centred.T @ centred
     offset = mean_v @ state.u
-    return State(state.v, state.u, -offset, state.mean + state.delta + offset, state.u.T @ gram @ state.u)
+    u = state.u.double()
+    exact = u.T @ gram @ u
+    state.gram.copy_((exact + exact.T) / 2)
+    state.mean.add_(state.delta).add_(offset)
+    state.delta.copy_(-offset)
+    state.inverse.copy_(torch.linalg.inv(u))
 
 
 def logits(state: State, hidden: Tensor, classes: Tensor | slice) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 
 from fastloss._checks import check_device, check_floating, check_ids, check_number, check_size
 from fastloss.spherical import factored
@@ -15,28 +17,45 @@ from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _tayl
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
-STATE = ("v", "u", "delta", "mean", "gram")
-CHECK_EVERY = 32  # steps between two looks at the singular values of U
+COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
+STATE = ("v", "u", "inverse", "delta", "mean", "gram")
+CHECK_EVERY = 64  # steps between two looks at U and its inverse, O(D^2) each
+PROBE_EVERY = 4096  # steps between two looks at the means and the Gram, O(C D) each
+INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what these looks allow
 TILE = 2**22  # logits in a tile of topk
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.hidden, ctx.target, ctx.layer, ctx.revision = hidden.detach(), target, layer, layer._revision
-        t, v, mean, ctx.rows, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.layer, ctx.revision = layer, layer._revision
+        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> tuple[Tensor, None, None]:
-        hidden, target, layer = ctx.hidden, ctx.target, ctx.layer
-        if layer._revision != ctx.revision:
-            raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        gradient = factored.input_gradient(layer._state(), ctx.rows, ctx.product, g_t, g_v, g_mean)
-        owner = torch.arange(len(hidden), device=hidden.device).repeat_interleave(target.shape[1])
-        layer._pending.append(factored.Gradients(hidden, owner, target.flatten(), g_t.flatten(), g_v, g_mean))
-        return gradient, None, None
+        return ctx.layer._backward(ctx, g_t, g_v, g_mean), None, None
+
+
+class _BuiltIn(torch.autograd.Function):
+    """The sum of the built-in losses (B, K) times `share`; their derivatives in closed form, in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.layer, ctx.revision = layer, layer._revision
+        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        loss, *derivatives = layer._closed_form(t, v[:, None], mean[:, None])
+        d_t, d_v, d_mean = (share * d for d in derivatives)
+        ctx.g = d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
+        return (loss * share).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.layer._backward(ctx, *(g * upstream for g in ctx.g)), None, None, None
 
 
 class FactoredOutput(nn.Module):
@@ -59,15 +78,19 @@ class FactoredOutput(nn.Module):
             centred sums, which do not cancel where logits share an offset.
         a, b: sharpness > 0 and margin of "z".
         eps: float >= 0 of "z" and "spherical"; None is the default of the function.
+        ignore_index: int; rows whose targets are all this have loss 0 and gradient 0, and count nowhere; among several
+            targets, one that is this has weight 0.
         accumulate: True lets several forward and backward passes add their gradients before a step.
         max_scale: float > 1; singular values of U beyond this or its inverse are moved into V, see Memory.
         refresh_every: int, steps between two computations of the Gram matrix anew, in O(C D^2); 0 for never.
         device, dtype: of the state; float32 or float64.
 
     Call:
-        hidden (B, D) of the layer's dtype, target (B,) or (B, K) integers in [0, C), target_weight (B, K), required
-        with K targets. An example's loss is the sum over k of target_weight[k] times the loss of target[k]; for "mse"
-        it is the squared error to the vector with target_weight[k] added at target[k]. Returns the mean over B.
+        hidden (B, D) of the layer's dtype; target (B,) or (B, K) integers in [0, C), or `ignore_index`; target_weight
+        (B, K), required with K targets; sample_weight (B,) and, for one target, class_weight (C,): factors for each
+        example, as in :func:`fastloss.z_loss`. An example's loss is the sum over k of target_weight[k] times the loss
+        of target[k]; for "mse" it is the squared error to the vector with target_weight[k] added at target[k]. Returns
+        the (weighted) mean over the examples that are not ignored, NaN where there are none.
 
     Raises:
         TypeError: not tensors, or of another dtype than the layer's (target: an integer dtype).
@@ -77,12 +100,26 @@ class FactoredOutput(nn.Module):
             not finite, a backward pass after the weight has changed. No error changes the state.
 
     Memory:
-        (C + 4 D) D numbers, and O((B K + D) D) in a step. Every 32 steps, and when a row of the step grows beyond
-        `max_scale`, the singular values of U are looked at; those out of range are moved into V in O(C D) for each,
-        counted in `moved_directions`, and the passes over V in `stabilisations`.
+        (C + 4 D) D numbers, and O((B K + D) D) in a step, kept from one step to the next.
+
+    Upkeep:
+        Every 64 steps a few vectors look at U and its inverse, in O(D^2): singular values beyond `max_scale` are moved
+        into V, in O(C D) for each, counted in `moved_directions` and the passes in `stabilisations` (also at once, when
+        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`. Every
+        4096 steps a read of V looks at the Gram matrix and the means (:meth:`drift`); where they are off, and every
+        `refresh_every` steps, they are computed anew, counted in `refreshes`.
+
+    Several processes:
+        Each holds the whole layer. ``step(..., group=group)``, or ``FactoredSGD(..., group=group)``, gathers the hidden
+        states, their products with the Gram matrix and the gradients by the statistics, (3 D + K + 2) numbers an
+        example, of all ranks of the ``torch.distributed`` group, divides the gradients by the number of ranks as
+        DistributedDataParallel does, and does the same step on every rank; a rank without a gradient takes part with no
+        rows. With equal batches this is the step of one process with all of them. The layer has no parameters for
+        DistributedDataParallel to average; give that ``broadcast_buffers=False``, or it sends V in every forward pass.
 
     Determinism:
-        As the matrix products, solver and index_add of PyTorch on the device.
+        As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the
+        number of threads.
 
     Source:
         Vincent, de Brébisson and Bouthillier, *Efficient exact gradient update for training deep networks with very
@@ -94,7 +131,7 @@ class FactoredOutput(nn.Module):
         >>> loss = layer(torch.eye(2), torch.tensor([0, 2]))
         >>> loss.backward()
         >>> layer.step(lr=1.0)  # one step solves this problem
-        >>> layer(torch.eye(2), torch.tensor([0, 2])).item() < 1e-9
+        >>> layer(torch.eye(2), torch.tensor([0, 2])).item() < 1e-5
         True
     """
 
@@ -103,6 +140,11 @@ class FactoredOutput(nn.Module):
     delta: Tensor
     mean: Tensor
     gram: Tensor
+    steps: int
+    stabilisations: int
+    moved_directions: int
+    inversions: int
+    refreshes: int
 
     def __init__(
         self,
@@ -114,6 +156,7 @@ class FactoredOutput(nn.Module):
         a: float = 1.0,
         b: float = 0.0,
         eps: float | None = None,
+        ignore_index: int = -100,
         accumulate: bool = False,
         max_scale: float = 32.0,
         refresh_every: int = 20_000,
@@ -141,10 +184,15 @@ class FactoredOutput(nn.Module):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
         self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bool(bias)
         self.loss, self.a, self.b, self.eps = loss, a, b, eps
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"{name}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
+        self.ignore_index = ignore_index
         self.accumulate, self.max_scale, self.refresh_every = accumulate, max_scale, refresh_every
-        self.steps = self.stabilisations = self.moved_directions = 0
+        for counter in COUNTERS:
+            setattr(self, counter, 0)
         self._revision = self._open = 0
         self._pending: list[factored.Gradients] = []
+        self._scratch = factored.Scratch()
         weight = torch.empty(num_classes, in_features + self.has_bias, device=device, dtype=dtype)
         self._start(weight.uniform_(-1, 1).div_(math.sqrt(in_features)))
 
@@ -154,11 +202,6 @@ class FactoredOutput(nn.Module):
 
     def _state(self) -> factored.State:
         return factored.State(*(self.get_buffer(name) for name in STATE))
-
-    def _write(self, state: factored.State) -> None:
-        for name in STATE:
-            setattr(self, name, getattr(state, name))
-        self._revision += 1
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
@@ -205,11 +248,13 @@ class FactoredOutput(nn.Module):
         return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if self.has_bias else hidden
 
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ids = check_ids(name, label, ids, shape, "the layer", self.v)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_classes:
-            raise ValueError(
-                f"{name}: `{label}` must be in [0, {self.num_classes}), got {int(ids.min())} to {int(ids.max())}"
-            )
+        return self._in_range(name, label, check_ids(name, label, ids, shape, "the layer", self.v))
+
+    def _in_range(self, name: str, label: str, ids: Tensor) -> Tensor:
+        if ids.numel():
+            low, high = (int(x) for x in torch.aminmax(ids))
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"{name}: `{label}` must be in [0, {self.num_classes}), got {low} to {high}")
         return ids
 
     @torch.no_grad()
@@ -241,13 +286,22 @@ class FactoredOutput(nn.Module):
             index = index.gather(1, place)
         return best, index
 
-    def forward(self, hidden: Tensor, target: Tensor, target_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        *,
+        class_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
         name = "FactoredOutput"
         inputs = self._hidden(name, hidden)
         several = isinstance(target, Tensor) and target.dim() == 2
         count = target.shape[1] if several else 1
         shape = (len(hidden), count) if several else (len(hidden),)
-        target = self._ids(name, "target", target, shape).reshape(len(hidden), count)
+        target, ignored = self._targets(name, target, shape)
+        target = target.reshape(len(hidden), count)
         if several and target_weight is None:
             raise ValueError(f"{name}: `target_weight` must be given with target (B, K), got None")
         if target_weight is not None:
@@ -258,16 +312,102 @@ class FactoredOutput(nn.Module):
                 )
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
+        row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
         training = torch.is_grad_enabled()
         if training and self._open and not self.accumulate:
             raise RuntimeError(f"{name}: second forward before a step; pass accumulate=True to add gradients")
+        if ignored is not None:
+            ignored = ignored.reshape(len(hidden), count)
+            rows = ignored.all(1)
+            inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
+            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
+            row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
         if training and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
+        weights = [w for w in (target_weight, row_weight) if w is not None]
         with torch.autocast(inputs.device.type, enabled=False):
-            t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
-            loss = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+            if self._has_closed_form(count) and not any(w.requires_grad for w in weights):
+                share = self._share(len(hidden), target_weight, row_weight)
+                loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
+                loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
+            else:
+                t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
+                losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+                if ignored is not None:
+                    losses = losses.masked_fill(rows, 0)
+                loss = losses.mean() if row_weight is None else (losses * row_weight).sum() / row_weight.sum()
         self._open += training
-        return loss.mean()
+        return loss
+
+    def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """Checked, with class 0 for ignored ones; and where these are, None for nowhere."""
+        target = check_ids(name, "target", target, shape, "the layer", self.v)
+        if not (target.numel() and bool((target == self.ignore_index).any())):
+            return self._in_range(name, "target", target), None
+        ignored = target == self.ignore_index
+        return self._in_range(name, "target", target.masked_fill(ignored, 0)), ignored
+
+    def _row_weight(
+        self, name: str, target: Tensor, count: int, class_weight: Tensor | None, sample_weight: Tensor | None
+    ) -> Tensor | None:
+        if class_weight is not None and count != 1:
+            raise ValueError(f"{name}: `class_weight` must be None with several targets an example (use target_weight)")
+        for label, w, size, shape, why in (
+            ("class_weight", class_weight, self.num_classes, "(C,)", "one a class"),
+            ("sample_weight", sample_weight, len(target), "(B,)", "one an example"),
+        ):
+            if w is not None:
+                check_floating(name, label, w, shape, 1)
+                check_size(name, label, w, 0, size, why)
+                check_device(name, label, w, "the layer", self.v)
+        weight = None if sample_weight is None else sample_weight.to(self.v.dtype)
+        if class_weight is not None:
+            of_class = class_weight[target[:, 0]].to(self.v.dtype)
+            weight = of_class if weight is None else weight * of_class
+        return weight
+
+    def _share(self, rows: int, target_weight: Tensor | None, row_weight: Tensor | None) -> Tensor | float:
+        """What each loss (B, K) counts in the mean."""
+        if row_weight is None:
+            share: Tensor | float = 1 / max(rows, 1)
+        else:
+            share = (row_weight / row_weight.sum())[:, None].masked_fill(row_weight[:, None] == 0, 0)
+        return share if target_weight is None else share * target_weight
+
+    def _has_closed_form(self, targets: int) -> bool:
+        return isinstance(self.loss, str) and (self.loss != "mse" or targets == 1)
+
+    def _closed_form(self, t: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""
+        classes = self.num_classes
+        if self.loss == "z":
+            flat = v == 0
+            deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
+            scale = (deviation + self.eps).reciprocal_().masked_fill_(flat, 0)
+            z = t * scale
+            loss = F.softplus(self.b - z, beta=self.a, threshold=40)
+            d_t = torch.sigmoid(self.a * (self.b - z)).mul_(scale).neg_()
+            d_v = (d_t * z).div_(deviation * (-2 * classes))
+            return loss, d_t, d_v, torch.zeros_like(mean)
+        if self.loss == "mse":
+            loss = v + classes * mean.square() - 2 * (t + mean) + 1
+            return loss, torch.full_like(t, -2), torch.ones_like(v), 2 * classes * mean - 2
+        # log of a total less the log of the target's share, squares of o + shift each
+        shift, plus = (0.0, self.eps) if self.loss == "spherical" else (1.0, 1.0)
+        center, entry = mean + shift, t + mean + shift
+        total, score = v + classes * (center.square() + plus), entry.square() + plus
+        d_t = -2 * entry / score
+        d_v = total.reciprocal()
+        return total.log() - score.log(), d_t, d_v, 2 * classes * center * d_v + d_t
+
+    def _backward(self, ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
+        """The gradient to hidden; that of the weight is kept for the step."""
+        if self._revision != ctx.revision:
+            raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
+        rows, gradient = factored.gradient(self._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
+        g_t, g_v, g_mean = (x.contiguous() for x in (g_t, g_v, g_mean))
+        self._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
+        return gradient
 
     def _loss(self, t: Tensor, v: Tensor, mean: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         """Losses (B,) from the statistics (B, K), (B, 1), (B, 1)."""
@@ -295,31 +435,63 @@ class FactoredOutput(nn.Module):
             loss = given.reshape(t.shape)
         return (loss if weight is None else loss * weight).sum(1)
 
-    def _check_step(self, lr: float, weight_decay: float) -> None:
+    def _plan(self, lr: float, weight_decay: float, group: Any) -> factored.Plan | None:
+        """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
         check_number(name, "lr", lr)
         check_number(name, "weight_decay", weight_decay)
-        if not self._pending:
-            raise RuntimeError(f"{name}: no gradient; call forward and backward first")
-        for grads in self._pending:
-            if not all(bool(x.isfinite().all()) for x in (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)):
-                raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it")
+        if self.v.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
+        grads = _joined(self._pending) if self._pending else None
+        if group is not None:
+            grads = _gathered(grads, self.v, (lr, weight_decay), group)
+        if grads is None:
+            return None
+        if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
+            raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
+        try:
+            with torch.autocast(self.v.device.type, enabled=False):
+                return factored.plan(self._state(), grads, lr, weight_decay, self._scratch)
+        except OverflowError:
+            parts = (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)
+            if all(bool(part.isfinite().all()) for part in parts):
+                raise RuntimeError(f"{name}: the step is not finite; zero_grad() discards it") from None
+            raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it") from None
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float = 0.0) -> None:
-        """The SGD step on weight and bias with the gradients since the last step."""
-        self._check_step(lr, weight_decay)
-        grads = _joined(self._pending)
+    def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:
+        """The SGD step on weight and bias with the gradients since the last step; with `group`, of all its ranks."""
+        plan = self._plan(lr, weight_decay, group)
+        if plan is None:
+            raise RuntimeError("FactoredOutput.step: no gradient; call forward and backward first")
+        self._commit(plan)
+
+    @torch.no_grad()
+    def _commit(self, plan: factored.Plan) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
-            state, moved = factored.step(self._state(), grads, lr, weight_decay, self.max_scale)
-            self._write(state)
+            try:
+                moved = factored.commit(plan, self.max_scale)
+            except OverflowError:
+                raise RuntimeError("FactoredOutput.step: the step is not finite; zero_grad() discards it") from None
             self._count(moved)
-            self.zero_grad()
+            self._revision += 1
+            self._pending, self._open = [], 0
             self.steps += 1
-            if self.steps % CHECK_EVERY == 0 and factored.scale_bound(self.u) > self.max_scale:
+            self._maintain()
+
+    def _maintain(self) -> None:
+        """The looks and refreshments that are due after a step."""
+        eps = torch.finfo(self.v.dtype).eps
+        if self.steps % CHECK_EVERY == 0:
+            scale, error = factored.watch(self._state())
+            if not scale <= self.max_scale:
                 self.stabilise()
-            if self.refresh_every and self.steps % self.refresh_every == 0:
-                self.refresh()
+            elif not error <= INVERSE_ERROR * eps:
+                factored.invert(self._state(), error)
+                self.inversions += 1
+        due = bool(self.refresh_every) and self.steps % self.refresh_every == 0
+        if due or (self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps):
+            self.refresh()
 
     def _count(self, moved: int) -> None:
         self.moved_directions += moved
@@ -328,16 +500,24 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def stabilise(self) -> int:
         """Moves the singular values of U beyond `max_scale` or its inverse into V; how many. The weight stays."""
-        state = self._state()
-        state.u, moved = factored.stabilise(state.v, state.u, self.max_scale)
-        self._write(state)
+        moved = factored.stabilise(self._state(), self.max_scale)
+        self._revision += 1
         self._count(moved)
         return moved
 
+    stabilize = stabilise
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """The relative error of the kept Gram matrix and means, from eight random vectors; one read of V, O(C D)."""
+        return factored.drift(self._state())
+
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes the Gram matrix and the means anew, in O(C D^2). The weight stays."""
-        self._write(factored.refresh(self._state()))
+        """Computes the Gram matrix, the means and the inverse of U anew, in O(C D^2). The weight stays."""
+        factored.refresh(self._state())
+        self._revision += 1
+        self.refreshes += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discards the gradients since the last step."""
@@ -345,31 +525,91 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.steps, self.stabilisations, self.moved_directions])
+        return torch.tensor([getattr(self, name) for name in COUNTERS])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.steps, self.stabilisations, self.moved_directions = (int(x) for x in state)
+        for name, value in zip(COUNTERS, state.tolist(), strict=True):
+            setattr(self, name, value)
+        self.zero_grad()
         self._revision += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": [], "_open": 0}  # a copy starts without gradients
+        # a copy starts without gradients
+        return {**self.__dict__, "_pending": [], "_open": 0, "_scratch": factored.Scratch()}
 
     def extra_repr(self) -> str:
         loss = repr(self.loss) if isinstance(self.loss, str) else getattr(self.loss, "__name__", "callable")
         return f"{self.in_features}, {self.num_classes}, bias={self.has_bias}, loss={loss}"
 
 
+def _nan_if_none(loss: Tensor, row_weight: Tensor | None) -> Tensor:
+    """NaN, as any mean of nothing, where no row counts."""
+    return loss / 0 if row_weight is None else loss + 0 * (1 / row_weight.sum())
+
+
 def _joined(parts: list[factored.Gradients]) -> factored.Gradients:
     if len(parts) == 1:
         return parts[0]
-    owners, offset = [], 0
-    for part in parts:
-        owners.append(part.owner + offset)
-        offset += len(part.hidden)
+    most = max(part.target.shape[1] for part in parts)
+    padded = [_padded(part, most) for part in parts]
     return factored.Gradients(
-        torch.cat([p.hidden for p in parts]),
-        torch.cat(owners),
-        *(torch.cat([getattr(p, name) for p in parts]) for name in ("target", "g_t", "g_v", "g_mean")),
+        *(torch.cat(columns) for columns in zip(*(vars(p).values() for p in padded), strict=True))
+    )
+
+
+def _padded(part: factored.Gradients, targets: int) -> factored.Gradients:
+    """With this many targets: those that are missing are class 0 with gradient 0."""
+    missing = targets - part.target.shape[1]
+    if missing == 0:
+        return part
+    return replace(part, target=F.pad(part.target, (0, missing)), g_t=F.pad(part.g_t, (0, missing)))
+
+
+def _gathered(
+    grads: factored.Gradients | None, like: Tensor, options: tuple[float, float], group: Any
+) -> factored.Gradients | None:
+    """The gradients of all ranks, averaged as DistributedDataParallel does, in the order of the ranks."""
+    name = "FactoredOutput.step"
+    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+        raise TypeError(f"{name}: `group` must be None or a process group, got {type(group).__name__}")
+    world = distributed.get_world_size(group)
+    width = like.shape[1]
+    if grads is None:
+        empty = like.new_empty(0, width)
+        grads = factored.Gradients(
+            empty, torch.empty(0, 1, dtype=torch.int64, device=like.device), like.new_empty(0, 1),
+            like.new_empty(0), like.new_empty(0), empty, empty,
+        )  # fmt: skip
+    sizes = torch.tensor([*grads.target.shape, *options], dtype=torch.float64, device=like.device)
+    shown = [torch.empty_like(sizes) for _ in range(world)]
+    distributed.all_gather(shown, sizes, group=group)
+    table = torch.stack(shown)
+    if not bool((table[:, 2:] == table[0, 2:]).all()):
+        raise ValueError(f"{name}: `lr` and `weight_decay` must be the same on all ranks, got {table[:, 2:].tolist()}")
+    counts, most = table[:, 0].long().tolist(), int(table[:, 1].max())
+    if not sum(counts):
+        return None
+    grads = _padded(grads, most)
+    rows = max(counts)
+    numbers = torch.cat(
+        [grads.hidden, grads.rows, grads.product, grads.g_v[:, None], grads.g_mean[:, None], grads.g_t], 1
+    )
+    parts: list[Tensor] = []
+    for packed in (numbers, grads.target):
+        mine = F.pad(packed, (0, 0, 0, rows - len(packed))).contiguous()
+        others = [torch.empty_like(mine) for _ in range(world)]
+        distributed.all_gather(others, mine, group=group)
+        parts.append(torch.cat([other[:count] for other, count in zip(others, counts, strict=True)]))
+    hidden, entries, product, g_v, g_mean, g_t = torch.split(parts[0], [width, width, width, 1, 1, most], 1)
+    share = 1 / world
+    return factored.Gradients(
+        hidden.contiguous(),
+        parts[1],
+        (g_t * share).contiguous(),
+        (g_v[:, 0] * share).contiguous(),
+        (g_mean[:, 0] * share).contiguous(),
+        (entries * share).contiguous(),
+        product.contiguous(),
     )
 
 
@@ -384,10 +624,11 @@ class FactoredSGD(torch.optim.Optimizer):
             Each layer is a parameter group; learning-rate schedulers work as with any optimizer.
         lr: float >= 0.
         weight_decay: float >= 0.
+        group: a ``torch.distributed`` process group, see :class:`fastloss.FactoredOutput`.
 
     Raises:
         TypeError: a layer of another class.
-        ValueError: no layers, a number out of its range.
+        ValueError: no layers, one layer twice, a number out of its range.
         RuntimeError: a gradient that is not finite; no layer has changed then.
 
     Example:
@@ -406,8 +647,11 @@ class FactoredSGD(torch.optim.Optimizer):
         layers: FactoredOutput | Iterable[FactoredOutput | dict[str, Any]],
         lr: float = 1e-3,
         weight_decay: float = 0.0,
+        *,
+        group: Any = None,
     ) -> None:
         name = "FactoredSGD"
+        self._group = group
         defaults = {"lr": lr, "weight_decay": weight_decay}
         self._layers: list[FactoredOutput] = []
         groups: list[dict[str, Any]] = []
@@ -420,8 +664,11 @@ class FactoredSGD(torch.optim.Optimizer):
                 if label not in defaults:
                     raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
                 check_number(name, label, value, least=0)
+            if any(layer is other for other in self._layers):
+                raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
             self._layers.append(layer)
-            groups.append({"params": [layer.v], **options})
+            # No parameter is trained here; a small tensor of the layer stands for it in the group.
+            groups.append({"params": [layer.mean], **options})
         if not groups:
             raise ValueError(f"{name}: `layers` must hold at least one FactoredOutput, got none")
         super().__init__(groups, defaults)
@@ -435,12 +682,13 @@ class FactoredSGD(torch.optim.Optimizer):
                 loss = closure()
         todo = []
         for layer, group in zip(self._layers, self.param_groups, strict=True):
-            if layer._pending:
-                lr, decay = float(group["lr"]), float(group["weight_decay"])
-                layer._check_step(lr, decay)
-                todo.append((layer, lr, decay))
-        for layer, lr, decay in todo:
-            layer.step(lr, decay)
+            lr, decay = float(group["lr"]), float(group["weight_decay"])
+            if layer._pending or self._group is not None:
+                plan = layer._plan(lr, decay, self._group)
+                if plan is not None:
+                    todo.append((layer, plan))
+        for layer, plan in todo:
+            layer._commit(plan)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

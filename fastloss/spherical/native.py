@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss._backends import native_core
-from fastloss.spherical import tiles
+from fastloss.spherical import portable, tiles
 from fastloss.spherical.tiles import Rows
 
 _C = native_core()
@@ -17,6 +18,9 @@ _GRADIENT = {torch.float32: _C.spherical_gradient_float, torch.float64: _C.spher
 
 # Memory of this size is new from the system, not from the allocator's free lists; its pages are yet to be touched.
 HUGE_BYTES = 32 << 20
+
+# Up to this size the kernel in one thread is faster than LAPACK's inverse.
+INVERSE_ROWS = 192
 
 
 def _direct(x: Tensor) -> bool:
@@ -80,6 +84,76 @@ class _Kernels:
             )
             if not direct:
                 out[part].copy_(g)
+
+
+def _factored(name: str, x: Tensor) -> Any:
+    return getattr(_C, f"spherical_{name}_{'float' if x.dtype == torch.float32 else 'double'}")
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    assert all(x.is_contiguous() for x in tensors)
+    return [x.data_ptr() for x in tensors]
+
+
+# The step of a factored layer. What each computes is said in `portable.py`, which has the same names.
+
+
+def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    t, square, center = rows.new_empty(rows.shape[:2]), rows.new_empty(len(rows)), rows.new_empty(len(rows))
+    _factored("factored_statistics", rows)(
+        *_addresses(rows, product, hidden, mean), *rows.shape, *_addresses(t, square, center), torch.get_num_threads()
+    )
+    return t, square, center
+
+
+def factored_gradient(
+    rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    weighted, gradient = torch.empty_like(product), torch.empty_like(product)
+    g = [x.contiguous() for x in (g_t, g_v, g_mean)]
+    _factored("factored_gradient", rows)(
+        *_addresses(rows, product, mean, *g), *rows.shape, *_addresses(weighted, gradient), torch.get_num_threads()
+    )
+    return weighted, gradient
+
+
+def factored_factors(
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float, out: tuple[Tensor, ...]
+) -> None:
+    _factored("factored_factors", hidden)(
+        *_addresses(hidden, product, weighted, g_v), lr, shrink, *hidden.shape, *_addresses(*out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: float, classes: int) -> None:
+    if target.shape[1] == 1:
+        _factored("factored_pairs", x)(*_addresses(x, target, g_t, g_v), lr, classes, len(x))
+    else:
+        portable.factored_pairs(x, target, g_t, g_v, lr, classes)
+
+
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+    if len(x) > INVERSE_ROWS:
+        return portable.factored_inverse(x, g_v, lr, shrink)
+    order = torch.empty(len(x), dtype=torch.int64)
+    exists: bool = _factored("factored_inverse", x)(*_addresses(x, g_v), lr, shrink, len(x), *_addresses(order))
+    return x, exists
+
+
+def factored_growth(solution: Tensor, hidden: Tensor) -> float:
+    growth: float = _factored("factored_growth", hidden)(*_addresses(solution, hidden), *hidden.shape)
+    return growth
+
+
+def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:
+    _factored("factored_scatter", v)(
+        *_addresses(v, target, g_t.contiguous(), solution), lr, *target.shape, v.shape[1], torch.get_num_threads()
+    )
+
+
+def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
+    _factored("symmetric_update", matrix)(*_addresses(matrix, change), len(matrix), scale, torch.get_num_threads())
 
 
 _kernels = _Kernels()

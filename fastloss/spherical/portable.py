@@ -46,6 +46,74 @@ class _Blocks:
             out[part].copy_(g.masked_fill_(untouched[part], 0))
 
 
+def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rows . hidden (B, K), product . hidden (B,), not below 0, and hidden . mean (B,)."""
+    square = torch.linalg.vecdot(product, hidden).clamp_(min=0)
+    return torch.linalg.vecdot(rows, hidden[:, None]), square, hidden @ mean
+
+
+def factored_gradient(
+    rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rows (B, K, d) summed with g_t; and that + 2 g_v product + g_mean mean."""
+    weighted = torch.bmm(g_t[:, None], rows)[:, 0]
+    return weighted, torch.addcmul(weighted, product, 2 * g_v[:, None]).addcmul_(g_mean[:, None], mean)
+
+
+def factored_factors(
+    hidden: Tensor, product: Tensor, weighted: Tensor, g_v: Tensor, lr: float, shrink: float, out: tuple[Tensor, ...]
+) -> None:
+    """D hidden, D product / 2 - lr weighted, shrink (D product - lr weighted) with the diagonal D = -2 lr g_v."""
+    diagonal = (-2 * lr) * g_v[:, None]
+    scaled, half, full = out
+    torch.mul(hidden, diagonal, out=scaled)
+    torch.mul(product, diagonal, out=full)
+    torch.mul(full, 0.5, out=half).sub_(weighted, alpha=lr)
+    full.sub_(weighted, alpha=lr).mul_(shrink)
+
+
+def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: float, classes: int) -> None:
+    """x = x D + lr^2/2 (S S^T as coefficients of hidden, less its mean over the classes), in place.
+
+    The entry (i, j) of the bracket is the sum over k, l of g_ik g_jl ([target_ik = target_jl] - 1 / classes).
+    """
+    x.mul_(-2 * lr * g_v)
+    if target.shape[1] == 1:
+        same = (target == target.T) * (g_t * g_t.T)
+    else:
+        seen, place = target.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        table = g_t.new_zeros(len(target), len(seen)).scatter_add_(1, place, g_t)
+        same = table @ table.T
+    total = g_t.sum(1)
+    x.add_(same, alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
+
+
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+    """(shrink I + x D)^-1, and whether it exists. x is lost."""
+    x.mul_(-2 * lr * g_v).diagonal().add_(shrink)
+    inverse, info = torch.linalg.inv_ex(x)
+    return inverse, int(info) == 0
+
+
+def factored_growth(solution: Tensor, hidden: Tensor) -> float:
+    """The largest |solution| / |hidden| of a row; 0 for rows of zeros, NaN or infinity where solutions are such."""
+    if not len(hidden):
+        return 0.0
+    size = torch.linalg.vector_norm(hidden, dim=1)
+    return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
+
+
+def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:
+    """v[target] -= lr g_t solution, in place; classes may repeat."""
+    pairs = (g_t[:, :, None] * solution[:, None]).flatten(0, 1)
+    v.index_add_(0, target.flatten(), pairs, alpha=-lr)
+
+
+def symmetric_update(matrix: Tensor, change: Tensor, scale: float) -> None:
+    """matrix = scale matrix + change + change^T, in place, for a symmetric matrix."""
+    matrix.mul_(scale).add_(change + change.T)
+
+
 _blocks = _Blocks()
 row_moments_fwd = partial(tiles.row_moments_forward, _blocks)
 row_moments_bwd = partial(tiles.row_moments_backward, _blocks)

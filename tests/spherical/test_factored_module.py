@@ -319,3 +319,66 @@ def test_bad_arguments() -> None:
         FactoredSGD(layer, lr=-1.0)
     with pytest.raises(ValueError, match="got 'momentum'"):
         FactoredSGD([{"layer": layer, "momentum": 0.9}])
+
+
+@pytest.mark.parametrize("case", ["ignored", "class", "sample", "all", "learned", "several"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x if isinstance(x, str) else "callable")
+def test_weights_and_ignored_targets(loss: Any, case: str) -> None:
+    """One step follows the dense layer; what is in an ignored row does not matter."""
+    layer, dense = pair(loss, eps=0.01 if loss == "spherical" else None, ignore_index=7)
+    dense.ignore_index = 7
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 7, 3, 3, 29, 7])
+    options: dict[str, Tensor] = {}
+    if case in ("class", "all"):
+        options["class_weight"] = torch.rand(30, dtype=torch.float64)
+    if case in ("sample", "all", "learned"):
+        options["sample_weight"] = torch.rand(6, dtype=torch.float64).requires_grad_(case == "learned")
+    if case == "several":
+        y = torch.stack([y, torch.tensor([7, 7, 2, 3, 28, 0])], 1)
+        options["target_weight"] = torch.rand(6, 2, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    value, expected = layer(ours, y, **options), dense(theirs, y, **options)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    if case == "learned":
+        (expected_g,) = torch.autograd.grad(expected, options["sample_weight"], retain_graph=True)
+        value.backward()
+        torch.testing.assert_close(options["sample_weight"].grad, expected_g, rtol=1e-9, atol=1e-12)
+        dense.zero_grad()
+    else:
+        value.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+    layer.step(0.01)
+    torch.optim.SGD(dense.parameters(), lr=0.01).step()
+    assert_same_weight(layer, dense, 1e-11)
+    if case != "several":
+        bad = x.clone()
+        bad[1] = torch.nan
+        bad.requires_grad_()
+        fresh, _ = pair(loss, eps=0.01 if loss == "spherical" else None, ignore_index=7)
+        fresh(bad, y, **options).backward()
+        assert bad.grad is not None
+        assert bad.grad.isfinite().all()
+        fresh.step(0.01)
+        torch.testing.assert_close(fresh.weight(), layer.weight(), rtol=1e-12, atol=1e-13)
+        nothing = layer(x, torch.full_like(y, 7), **options)
+        assert nothing.isnan()
+
+
+@pytest.mark.parametrize("loss", ["z", "spherical", "taylor", "mse"])
+def test_closed_forms_are_the_derivatives(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = pair(loss, a=0.7, b=0.3, eps=0.01)
+    layer.accumulate = True
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 7, 3, 3, 29, 7])
+    values, gradients = [], []
+    for closed in (True, False):
+        monkeypatch.setattr(layer, "_has_closed_form", lambda targets, closed=closed: closed)
+        leaf = x.clone().requires_grad_()
+        values.append(layer(leaf, y))
+        (2 * values[-1]).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(values[0], values[1], rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-11, atol=1e-13)
+    for name in ("g_t", "g_v", "g_mean"):
+        one, other = (getattr(part, name) for part in layer._pending)
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)

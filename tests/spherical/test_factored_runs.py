@@ -1,0 +1,152 @@
+"""FactoredOutput over many steps, and in two processes."""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+import fastloss
+from fastloss import FactoredOutput, FactoredSGD
+from fastloss.spherical import modules
+
+STEPS = 20_000
+
+
+def dense_step(weight: Tensor, x: Tensor, y: Tensor, lr: float) -> None:
+    """SGD on the Z-loss of the logits x weight^T, by hand: autograd would take most of the test's time."""
+    classes, rows = len(weight), torch.arange(len(x))
+    logits = x @ weight.T
+    centre = logits - logits.mean(1, keepdim=True)
+    variance = centre.square().mean(1)
+    deviation = variance.sqrt()
+    z = centre[rows, y] / deviation
+    share = torch.sigmoid(-z) / len(x)
+    g = centre.mul_((share * z / (classes * variance))[:, None]).add_((share / (classes * deviation))[:, None])
+    g[rows, y] -= share / deviation
+    weight.addmm_(g.T, x, alpha=-lr)
+
+
+def test_twenty_thousand_steps_in_float32() -> None:
+    """The loss falls by half; the weight stays within 1e-3 of a float64 run of the dense layer."""
+    torch.manual_seed(0)
+    classes, width, batch, lr = 500, 32, 16, 0.5
+    linear = torch.nn.Linear(width, classes, bias=False)
+    weight = linear.weight.detach().double()
+    centres = torch.randn(classes, width)
+    layer = FactoredOutput.from_linear(linear)
+    losses = []
+    for _ in range(STEPS):
+        y = (torch.rand(batch) ** 3 * classes).long()
+        x = 0.3 * centres[y] + torch.randn(batch, width)
+        loss = layer(x, y)
+        loss.backward()
+        layer.step(lr)
+        dense_step(weight, x.double(), y, lr)
+        losses.append(float(loss.detach()))
+    assert sum(losses[-500:]) / 500 < 0.5 * sum(losses[:50]) / 50
+    error = float((layer.weight().double() - weight).norm() / weight.norm())
+    assert error < 1e-3, error  # written so that NaN fails
+    assert layer.drift() < 1e-5
+
+
+def test_drift_is_seen_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "CHECK_EVERY", 4)
+    monkeypatch.setattr(modules, "PROBE_EVERY", 8)
+    torch.manual_seed(0)
+    layer = FactoredOutput(6, 40, dtype=torch.float64)
+    weight = layer.weight()
+    layer.inverse += 1e-9
+    layer.gram += 1e-9 * torch.eye(7, dtype=torch.float64)
+    for _ in range(8):
+        layer(torch.randn(3, 6, dtype=torch.float64), torch.tensor([0, 1, 1])).backward()
+        layer.step(0.0)
+    assert (layer.inversions, layer.refreshes) == (1, 1)
+    assert layer.drift() < 1e-13
+    eye = torch.eye(7, dtype=torch.float64)
+    torch.testing.assert_close(layer.inverse @ layer.u, eye, rtol=0, atol=1e-13)
+    torch.testing.assert_close(layer.weight(), weight, rtol=1e-12, atol=1e-12)
+
+
+def data(rank: int, step: int, rows: int) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(rows, 4, generator=gen, dtype=torch.float64), torch.randint(5, (rows,), generator=gen)
+
+
+def make() -> tuple[Any, FactoredOutput]:
+    torch.manual_seed(5)
+    return torch.nn.Linear(4, 6, dtype=torch.float64), FactoredOutput(6, 20, dtype=torch.float64)
+
+
+def worker(rank: int, folder: str) -> None:
+    try:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        )
+        group = distributed.group.WORLD
+        body, layer = make()
+        body = DistributedDataParallel(body, broadcast_buffers=False)
+        ours = FactoredSGD(layer, lr=0.3, weight_decay=0.1, group=group)
+        theirs = torch.optim.SGD(body.parameters(), lr=0.3)
+        for step in range(20):
+            x, y = data(rank, step, 3)
+            theirs.zero_grad()
+            layer(body(x), y).backward()
+            ours.step()
+            theirs.step()
+        saved = layer.weight(), [p.detach() for p in body.parameters()]
+        if rank == 0:  # a rank without a gradient takes part
+            x, y = data(rank, 20, 3)
+            layer(body.module(x), y).backward()
+        ours.step()
+        ours.step()  # nobody has one: nothing happens
+        assert layer.steps == 21
+        with pytest.raises(ValueError, match="must be the same on all ranks"):
+            layer.step(0.1 * (rank + 1), group=group)
+        with pytest.raises(RuntimeError, match="no gradient"):
+            layer.step(0.1, group=group)
+        torch.save((*saved, layer.weight()), f"{folder}/{rank}.pt")
+        distributed.destroy_process_group()
+    except BaseException:
+        Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())
+        raise
+
+
+@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo")
+def test_two_processes_are_one_with_both_batches(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=worker, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(120)
+    errors = [path.read_text() for path in tmp_path.glob("*.error")]
+    assert not errors, errors[0]
+    body, layer = make()
+    theirs = torch.optim.SGD(body.parameters(), lr=0.3)
+    for step in range(20):
+        x, y = (torch.cat(part) for part in zip(*(data(rank, step, 3) for rank in range(2)), strict=True))
+        theirs.zero_grad()
+        layer(body(x), y).backward()
+        layer.step(0.3, 0.1)
+        theirs.step()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[2], second[2])
+    torch.testing.assert_close(first[0], layer.weight(), rtol=1e-11, atol=1e-12)
+    for got, want in zip(first[1], body.parameters(), strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_group_must_be_a_process_group() -> None:
+    layer = fastloss.FactoredOutput(4, 9)
+    layer(torch.randn(2, 4), torch.tensor([0, 1])).backward()
+    with pytest.raises(TypeError, match="`group` must be None or a process group, got str"):
+        layer.step(0.1, group="world")
+    assert layer.steps == 0

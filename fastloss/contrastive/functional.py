@@ -89,10 +89,9 @@ def info_nce(
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, and normalised keys of up to 16 MiB or blocks of 3072 D
-        numbers. Up to 512 MiB of similarities,
-        the first 256 MiB of them are kept for the backward pass; of more, none. With "sum" or "mean", gradients of up
-        to 32 MiB (in both directions: and similarities of up to 32 MiB) are found in the forward pass and held twice,
-        with a panel of whole rows, at most 32 MiB.
+        numbers. Up to 512 MiB of similarities, the first 256 MiB of them are kept for the backward pass; of more,
+        none. With "sum" or "mean", gradients of up to 32 MiB (in both directions: and similarities of up to 32 MiB)
+        are found in the forward pass and held twice, with a panel of whole rows, at most 32 MiB.
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:

@@ -4,14 +4,17 @@
 #include <string>
 
 #include "contrastive.h"
+#include "gaunt.h"
 
 namespace fastloss {
 namespace cpu {
 
 // Every table of kernels: its type and its name. A family adds its lines here and its header above.
-#define FASTLOSS_TABLES(X)                        \
-  X(ContrastiveKernels<float>, contrastive_float) \
-  X(ContrastiveKernels<double>, contrastive_double)
+#define FASTLOSS_TABLES(X)                          \
+  X(ContrastiveKernels<float>, contrastive_float)   \
+  X(ContrastiveKernels<double>, contrastive_double) \
+  X(GauntKernels<float>, gaunt_float)               \
+  X(GauntKernels<double>, gaunt_double)
 
 #define FASTLOSS_EXTERN(type, name) extern const type name;
 #define FASTLOSS_DECLARE(isa)      \

@@ -1,0 +1,335 @@
+// Compiled once per instruction set; see contrastive_kernels.cpp for the rules.
+#include "gaunt.h"
+#include "simd.h"
+
+namespace {
+
+using fastloss::cpu::GauntProgram;
+using fastloss::cpu::kRingPairs;
+
+// Orders of a product computed together: each takes two accumulators, and a vector is one register (AVX-512) or more.
+#ifdef __AVX512F__
+constexpr int kTile = 4;
+#else
+constexpr int kTile = 2;
+#endif
+constexpr int64_t kPad = kTile - 1;  // zeros on both sides of a spectrum, so that tiles need no bounds
+
+FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTLOSS_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTLOSS_INLINE int64_t square(int64_t a) { return a * a; }
+
+// Vectors of a spectrum -band..band with its zeros: cosine and sine parts side by side.
+FASTLOSS_INLINE int64_t spectrum_size(int64_t band) { return 2 * (2 * band + 1 + 2 * kPad); }
+
+// First entry of order m in a table of the given degree.
+FASTLOSS_INLINE int64_t order_at(int64_t degree, int64_t m) { return m * (degree + 1) - m * (m - 1) / 2; }
+
+// One lane block of a tensor: kCount functions, the first `count` of which exist.
+template <class T>
+FASTLOSS_INLINE int64_t offset_of(const GauntProgram<T>& p, int64_t lane, int64_t d) {
+  return p.channels == 0 ? lane * d : lane / p.channels * p.channels * d + lane % p.channels;
+}
+
+template <class T>
+FASTLOSS_INLINE bool side_by_side(const GauntProgram<T>& p, int64_t lane, int count) {
+  return p.channels && count == Lanes<T>::kCount && lane % p.channels + count <= p.channels;
+}
+
+template <class T>
+void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int count, Vec<T>* out) {
+  if (side_by_side(p, lane, count)) {
+    x += offset_of(p, lane, d);
+    for (int64_t i = 0; i < d; ++i) out[i] = load(x + i * p.channels);
+    return;
+  }
+  const int64_t stride = p.channels ? p.channels : 1;
+  T* flat = reinterpret_cast<T*>(out);
+  for (int l = 0; l < Lanes<T>::kCount; ++l) {
+    const T* from = x + offset_of(p, lane + (l < count ? l : 0), d);  // missing lanes repeat the first
+    for (int64_t i = 0; i < d; ++i) flat[i * Lanes<T>::kCount + l] = from[i * stride];
+  }
+}
+
+template <class T>
+void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int count, const Vec<T>* in) {
+  if (side_by_side(p, lane, count)) {
+    y += offset_of(p, lane, d);
+    for (int64_t i = 0; i < d; ++i) store(y + i * p.channels, in[i]);
+    return;
+  }
+  const int64_t stride = p.channels ? p.channels : 1;
+  const T* flat = reinterpret_cast<const T*>(in);
+  for (int l = 0; l < count; ++l) {
+    T* to = y + offset_of(p, lane + l, d);
+    for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * Lanes<T>::kCount + l];
+  }
+}
+
+// Writes orders m and -m of a spectrum; `middle` is its order 0.
+template <class T>
+FASTLOSS_INLINE void put(Vec<T>* middle, int64_t m, Vec<T> cosine, Vec<T> sine) {
+  middle[2 * m] = cosine;
+  middle[2 * m + 1] = sine;
+  middle[-2 * m] = cosine;
+  middle[-2 * m + 1] = m ? -sine : sine;
+}
+
+template <class T>
+FASTLOSS_INLINE void put_zeros(Vec<T>* middle, int64_t band) {
+  for (int64_t m = band + 1; m <= band + kPad; ++m) put<T>(middle, m, Vec<T>{}, Vec<T>{});
+}
+
+// Spectra of one input on R pairs of rings: ring 2 r at +cos(theta), 2 r + 1 at -cos(theta).
+template <class T, int R>
+FASTLOSS_INLINE void to_rings(const GauntProgram<T>& p, const Vec<T>* x, int64_t l, int64_t pair, Vec<T>* spectra) {
+  const int64_t row = (p.degree + 1) * (p.degree + 2) / 2, size = spectrum_size(l);
+  Vec<T>* middle = spectra + size / 2 - 1;
+  for (int64_t m = 0; m <= l; ++m) {
+    const T* table = p.to_ring + pair * row + order_at(p.degree, m);
+    Vec<T> even_c[R]{}, even_s[R]{}, odd_c[R]{}, odd_s[R]{};
+    auto add = [&](int64_t n, Vec<T>* c, Vec<T>* s) {
+      const Vec<T> xc = x[n * n + n + m], xs = x[n * n + n - m];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const T value = table[r * row + n - m];
+        c[r] += xc * value;
+        s[r] += xs * value;
+      }
+    };
+    for (int64_t n = m; n <= l; n += 2) add(n, even_c, even_s);
+    for (int64_t n = m + 1; n <= l; n += 2) add(n, odd_c, odd_s);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> none{};
+      put<T>(middle + 2 * r * size, m, even_c[r] + odd_c[r], m ? even_s[r] + odd_s[r] : none);
+      put<T>(middle + (2 * r + 1) * size, m, even_c[r] - odd_c[r], m ? even_s[r] - odd_s[r] : none);
+    }
+  }
+}
+
+// Orders 0..top of the product of two spectra given by their middles; f(k, cosine, sine).
+template <class T, class F>
+FASTLOSS_INLINE void multiply(const Vec<T>* a, int64_t band_a, const Vec<T>* b, int64_t band_b, int64_t top, F&& f) {
+  for (int64_t k = 0; k <= top; k += kTile) {
+    Vec<T> c[kTile]{}, s[kTile]{};
+    const int64_t first = greater(-band_a, k - band_b), last = lesser(band_a, k + kPad + band_b);
+    for (int64_t m = first; m <= last; ++m) {
+      const Vec<T> ac = a[2 * m], as = a[2 * m + 1];
+      const Vec<T>* other = b + 2 * (k - m);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTile; ++t) {
+        const Vec<T> bc = other[2 * t], bs = other[2 * t + 1];
+        c[t] += ac * bc;
+        s[t] += ac * bs;
+        c[t] -= as * bs;
+        s[t] += as * bc;
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < kTile; ++t)
+      if (k + t <= top) f(k + t, c[t], s[t]);
+  }
+}
+
+// Adds R pairs of rings, h (2 R, orders 0..band) of stride `size`, to the coefficients of one output.
+template <class T, int R>
+FASTLOSS_INLINE void from_rings(const GauntProgram<T>& p, const Vec<T>* h, int64_t size, int64_t band, int64_t l,
+                                int64_t pair, Vec<T>* y) {
+  const int64_t row = (p.degree + 1) * (p.degree + 2) / 2;
+  for (int64_t m = 0; m <= lesser(l, band); ++m) {
+    const T* table = p.from_ring + pair * row + order_at(p.degree, m);
+    Vec<T> even_c[R], even_s[R], odd_c[R], odd_s[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec<T>*north = h + 2 * r * size + 2 * m, *south = north + size;
+      even_c[r] = north[0] + south[0];
+      odd_c[r] = north[0] - south[0];
+      even_s[r] = north[1] + south[1];
+      odd_s[r] = north[1] - south[1];
+    }
+    auto add = [&](int64_t n, const Vec<T>* c, const Vec<T>* s) {
+      Vec<T>*yc = y + n * n + n + m, *ys = y + n * n + n - m;
+      Vec<T> sum_c = *yc, sum_s = *ys;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const T value = table[r * row + n - m];
+        sum_c += c[r] * value;
+        sum_s += s[r] * value;
+      }
+      if (m) *ys = sum_s;
+      *yc = sum_c;
+    };
+    for (int64_t n = m; n <= l; n += 2) add(n, even_c, even_s);
+    for (int64_t n = m + 1; n <= l; n += 2) add(n, odd_c, odd_s);
+  }
+}
+
+// Scratch of one thread, in vectors.
+template <class T>
+struct Scratch {
+  Vec<T>* coefficients;  // of the input being read, or the output being summed
+  Vec<T>* spectra;       // of all inputs, 2 kRingPairs rings each
+  Vec<T>* partial[2];    // spectra of products of some of a term's factors
+  Vec<T>* sums;          // (2 kRingPairs, band + 1): sums of terms
+};
+
+template <class T>
+int64_t scratch(const GauntProgram<T>& p) {
+  int64_t vectors = 2 * spectrum_size(p.band) + 2 * kRingPairs * 2 * (p.band + 1);
+  for (int64_t i = 0; i < p.inputs; ++i)
+    vectors += square(p.in_degree[i] + 1) + 2 * kRingPairs * spectrum_size(p.in_degree[i]);
+  for (int64_t o = 0; o < p.outputs; ++o) vectors += square(p.out_degree[o] + 1);
+  return (vectors + 1) * Lanes<T>::kCount;
+}
+
+// All terms of one output on R pairs of rings, added to its coefficients. Returns where the next output's terms begin.
+template <class T, int R>
+FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* term,
+                                          const int64_t* spectrum_at, int64_t l, int64_t pair, Vec<T>* y) {
+  const int64_t sums_size = 2 * (p.band + 1), count = *term++;
+  auto spectrum_of = [&](int64_t i, int64_t ring) {
+    const int64_t size = spectrum_size(p.in_degree[i]);
+    return at.spectra + spectrum_at[i] + ring * size + size / 2 - 1;
+  };
+  int64_t top = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    const T coefficient = T(term[0]);
+    const int64_t factors = term[1];
+    const int64_t* factor = term + 2;
+    term += 2 + factors;
+    int64_t band = 0;
+    for (int64_t f = 0; f < factors; ++f) band += p.in_degree[factor[f]];
+    const int64_t last = lesser(band, l);
+    if (t == 0 || last > top)
+      for (int ring = 0; ring < 2 * R; ++ring)
+        for (int64_t k = t == 0 ? 0 : 2 * (top + 1); k < 2 * (last + 1); ++k) at.sums[ring * sums_size + k] = Vec<T>{};
+    top = t == 0 ? last : greater(top, last);
+    for (int ring = 0; ring < 2 * R; ++ring) {
+      const Vec<T>* a = spectrum_of(factor[0], ring);
+      int64_t band_a = p.in_degree[factor[0]], left = band - band_a;
+      Vec<T>* sum = at.sums + ring * sums_size;
+      auto add = [&](int64_t k, Vec<T> c, Vec<T> s) {
+        sum[2 * k] += c * coefficient;
+        sum[2 * k + 1] += s * coefficient;
+      };
+      for (int64_t f = 1; f < factors; ++f) {
+        const Vec<T>* b = spectrum_of(factor[f], ring);
+        const int64_t band_b = p.in_degree[factor[f]];
+        left -= band_b;
+        if (f == factors - 1) {
+          multiply<T>(a, band_a, b, band_b, last, add);
+        } else {  // orders above last + left do not reach the output
+          const int64_t kept = lesser(band_a + band_b, last + left);
+          Vec<T>* next = at.partial[f & 1] + spectrum_size(kept) / 2 - 1;
+          multiply<T>(a, band_a, b, band_b, kept, [&](int64_t k, Vec<T> c, Vec<T> s) { put<T>(next, k, c, s); });
+          put_zeros<T>(next, kept);
+          a = next;
+          band_a = kept;
+        }
+      }
+      if (factors == 1)
+        for (int64_t k = 0; k <= last; ++k) add(k, a[2 * k], a[2 * k + 1]);
+    }
+  }
+  if (count) from_rings<T, R>(p, at.sums, sums_size, top, l, pair, y);
+  return term;
+}
+
+template <class T, int R>
+void add_pairs(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* spectrum_at, int64_t pair) {
+  Vec<T>* coefficients = at.coefficients;
+  for (int64_t i = 0; i < p.inputs; ++i) {
+    to_rings<T, R>(p, coefficients, p.in_degree[i], pair, at.spectra + spectrum_at[i]);
+    coefficients += square(p.in_degree[i] + 1);
+  }
+  const int64_t* term = p.terms;
+  for (int64_t o = 0; o < p.outputs; ++o) {
+    term = add_output<T, R>(p, at, term, spectrum_at, p.out_degree[o], pair, coefficients);
+    coefficients += square(p.out_degree[o] + 1);
+  }
+}
+
+constexpr int64_t kMostInputs = 64;
+
+template <class T>
+void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end) {
+  constexpr int kN = Lanes<T>::kCount;
+  const uintptr_t address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
+  Vec<T>* next = reinterpret_cast<Vec<T>*>(address);
+  auto take = [&](int64_t vectors) {
+    Vec<T>* taken = next;
+    next += vectors;
+    return taken;
+  };
+  Scratch<T> at;
+  int64_t spectrum_at[kMostInputs], spectra = 0, in_size = 0, out_size = 0;
+  for (int64_t i = 0; i < p.inputs; ++i) {
+    spectrum_at[i] = spectra;
+    spectra += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
+    in_size += square(p.in_degree[i] + 1);
+  }
+  for (int64_t o = 0; o < p.outputs; ++o) out_size += square(p.out_degree[o] + 1);
+  at.coefficients = take(in_size + out_size);
+  at.spectra = take(spectra);
+  at.partial[0] = take(spectrum_size(p.band));
+  at.partial[1] = take(spectrum_size(p.band));
+  at.sums = take(2 * kRingPairs * 2 * (p.band + 1));
+  for (int64_t i = 0; i < p.inputs; ++i) {  // the zeros beside the spectra stay
+    const int64_t size = spectrum_size(p.in_degree[i]);
+    for (int64_t ring = 0; ring < 2 * kRingPairs; ++ring)
+      put_zeros<T>(at.spectra + spectrum_at[i] + ring * size + size / 2 - 1, p.in_degree[i]);
+  }
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t lane = block * kN;
+    const int count = int(lesser(kN, p.lanes - lane));
+    Vec<T>* coefficients = at.coefficients;
+    for (int64_t i = 0; i < p.inputs; ++i) {
+      const int64_t d = square(p.in_degree[i] + 1);
+      read_lanes(p, p.x[i], d, lane, count, coefficients);
+      coefficients += d;
+    }
+    for (int64_t i = 0; i < out_size; ++i) coefficients[i] = Vec<T>{};
+    int64_t pair = 0;
+    for (; pair + kRingPairs <= p.pairs; pair += kRingPairs) add_pairs<T, kRingPairs>(p, at, spectrum_at, pair);
+    switch (p.pairs - pair) {
+      case 1:
+        add_pairs<T, 1>(p, at, spectrum_at, pair);
+        break;
+      case 2:
+        add_pairs<T, 2>(p, at, spectrum_at, pair);
+        break;
+      case 3:
+        add_pairs<T, 3>(p, at, spectrum_at, pair);
+        break;
+    }
+    for (int64_t o = 0; o < p.outputs; ++o) {
+      const int64_t d = square(p.out_degree[o] + 1);
+      write_lanes(p, p.y[o], d, lane, count, coefficients);
+      coefficients += d;
+    }
+  }
+}
+
+template <class T>
+void run(const GauntProgram<T>& p, T* memory, int threads) {
+  const int64_t blocks = (p.lanes + Lanes<T>::kCount - 1) / Lanes<T>::kCount, size = scratch(p);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t t = 0; t < threads; ++t)
+    run_blocks(p, memory + t * size, blocks * t / threads, blocks * (t + 1) / threads);
+}
+
+}  // namespace
+
+namespace fastloss {
+namespace cpu {
+namespace FASTLOSS_ISA {
+
+extern const GauntKernels<float> gaunt_float;
+extern const GauntKernels<double> gaunt_double;
+const GauntKernels<float> gaunt_float = {scratch<float>, run<float>};
+const GauntKernels<double> gaunt_double = {scratch<double>, run<double>};
+
+}  // namespace FASTLOSS_ISA
+}  // namespace cpu
+}  // namespace fastloss

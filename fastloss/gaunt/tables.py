@@ -107,7 +107,9 @@ def norms(normalization: str, degree: int, dtype: torch.dtype, device: torch.dev
 class Grid(NamedTuple):
     """A ring grid for plain tensor code: values on (rings, azimuths) and back."""
 
-    gather: Tensor  # (2 degree + 1, degree + 1): coefficient of order m and degree l, (degree + 1)^2 where there is none
+    gather: (
+        Tensor  # (2 degree + 1, degree + 1): coefficient of order m and degree l, (degree + 1)^2 where there is none
+    )
     legendre: Tensor  # (2 degree + 1, degree + 1, rings)
     azimuth: Tensor  # (2 degree + 1, azimuths)
 
@@ -162,7 +164,9 @@ class Fourier(NamedTuple):
     """Between coefficients and the double Fourier series sum_uv F_uv e^(i (u theta + v phi)), -degree <= u, v."""
 
     gather: Tensor  # as in Grid
-    to_fourier: Tensor  # (2 degree + 1, degree + 1, 2 degree + 1): order, degree, u; what multiplies the real coefficient
+    to_fourier: (
+        Tensor  # (2 degree + 1, degree + 1, 2 degree + 1): order, degree, u; what multiplies the real coefficient
+    )
     orders: Tensor  # (2 degree + 1, 2 degree + 1): real order, v; complex
 
 

@@ -1,0 +1,149 @@
+"""The op of the family: sums of products of functions on the sphere, its autograd, batching and forward mode.
+
+gaunt_ring   outputs[o] = sum_t coefficient_t prod_j inputs[factor_tj], as functions on the sphere, each given by its
+             (degree + 1)^2 coefficients in orthonormal real harmonics. Every function is brought to the rings once.
+
+Gradients of such sums are such sums (of more inputs), and so are their derivatives, to any order: one op, which calls
+itself. Multiply-adds a lane, two factors of degree L, output 2L: 16 L^3 for the products and 6 L^3 for the ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from fastloss._backends import implementation
+from fastloss.gaunt import program as programs
+from fastloss.gaunt.program import Program, degree_of
+
+_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
+_SCHEMAS = {"gaunt_ring_fwd": "(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last) -> Tensor[]"}
+_LIBRARY.define("gaunt_ring_fwd" + _SCHEMAS["gaunt_ring_fwd"])
+_op = torch.ops.fastloss.gaunt_ring_fwd.default
+
+
+def _kernel(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
+    program = programs.parse(out_degrees, terms)
+    device = inputs[0].device
+    run = implementation("gaunt", device).ring
+    if not torch.is_autocast_enabled(device.type):
+        return list(run(inputs, program, channels_last))
+    with torch.autocast(device.type, enabled=False):
+        return list(run(inputs, program, channels_last))
+
+
+for _key in ("CPU", "CUDA", "XPU", "MPS"):
+    _LIBRARY.impl("gaunt_ring_fwd", _kernel, _key)
+
+
+@torch.library.register_fake("fastloss::gaunt_ring_fwd", lib=_LIBRARY)
+def _(inputs, out_degrees, terms, channels_last):  # type: ignore[no-untyped-def]
+    first = inputs[0]
+    tail = (first.shape[2],) if channels_last else ()
+    return [first.new_empty((first.shape[0], (n + 1) ** 2, *tail)) for n in out_degrees]
+
+
+def _vmap(info: Any, in_dims: Any, inputs: Any, out_degrees: Any, terms: Any, channels_last: bool) -> tuple[Any, Any]:
+    """More lanes: the batch goes in front of them."""
+    size = info.batch_size
+    flat = [
+        (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(inputs, in_dims[0], strict=True)
+    ]
+    out = _op(flat, out_degrees, terms, channels_last)
+    return [y.unflatten(0, (size, -1)) for y in out], [0] * len(out)
+
+
+torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=_LIBRARY)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: Program, channels_last: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.program, ctx.channels_last = program, channels_last
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
+        # A Function switches gradients off; the levels of torch.func below this one still want theirs.
+        with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return tuple(_call(program, channels_last, inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        out: list[Tensor | None] = [None] * len(inputs)
+        found = _sum_of_gradients(ctx.program, ctx.channels_last, inputs, grads, wanted)
+        for i, value in zip(wanted, found, strict=True):
+            out[i] = value
+        return (None, None, *out)
+
+    @staticmethod
+    def jvp(ctx: Any, _program: Any, _channels_last: Any, *tangents: Tensor | None) -> Any:
+        return tuple(_tangents(ctx.program, ctx.channels_last, ctx.saved_tensors, tangents))
+
+
+def _call(program: Program, channels_last: bool, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Runs the program without the inputs that no term has."""
+    used = sorted({i for terms in program.outputs for t in terms for i in t.factors})
+    keep = used or [0]
+    at = {i: n for n, i in enumerate(keep)}
+    terms: list[int] = []
+    for output in program.outputs:
+        terms.append(len(output))
+        for term in output:
+            terms += (term.coefficient, len(term.factors), *(at[i] for i in term.factors))
+    result: list[Tensor] = _op([inputs[i] for i in keep], list(program.out_degrees), terms, channels_last)
+    return result
+
+
+def _sum_of_gradients(
+    program: Program, channels_last: bool, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: list[int]
+) -> list[Tensor]:
+    present = [o for o, g in enumerate(grads) if g is not None]
+    seen = Program(tuple(program.out_degrees[o] for o in present), tuple(program.outputs[o] for o in present))
+    degrees = tuple(degree_of(inputs[i], channels_last) for i in wanted)
+    gradient = Program(degrees, seen.terms_of_gradients(wanted, len(inputs)))
+    return _call(gradient, channels_last, [*inputs, *(g for g in grads if g is not None)])
+
+
+def _tangents(
+    program: Program, channels_last: bool, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> list[Tensor]:
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    at = {i: len(inputs) + n for n, i in enumerate(moving)}
+    outputs = []
+    for terms in program.outputs:
+        found: dict[tuple[int, ...], int] = {}
+        for term in terms:
+            for n, i in enumerate(term.factors):
+                if i in at:
+                    key = tuple(sorted((*term.factors[:n], *term.factors[n + 1 :], at[i])))
+                    found[key] = found.get(key, 0) + term.coefficient
+        outputs.append(tuple(programs.Term(c, key) for key, c in found.items()))
+    moved = Program(program.out_degrees, tuple(outputs))
+    return _call(moved, channels_last, [*inputs, *(t for t in tangents if t is not None)])
+
+
+def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
+    """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
+    program = programs.parse(out_degrees, terms)
+    # Function.apply would hand the call to the transforms again, although they are what calls here, one level at a time.
+    apply = super(torch.autograd.Function, _Ring).apply
+    if not torch._C._are_functorch_transforms_active():
+        return list(apply(program, channels_last, *inputs))
+    with enable_single_level_autograd_function():
+        return list(apply(program, channels_last, *inputs))
+
+
+_LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
+
+
+def ring(program: Program, inputs: Sequence[Tensor], *, channels_last: bool = False) -> list[Tensor]:
+    """(lanes, (degree + 1)^2) each, or with channels last (batch, (degree + 1)^2, channels); float32 or float64."""
+    return _call(program, channels_last, inputs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from fastloss._backends import implementation
@@ -133,7 +133,7 @@ def _tangents(
 def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
     program = programs.parse(out_degrees, terms)
-    # Function.apply would hand the call to the transforms again, although they are what calls here, one level at a time.
+    # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
     apply = super(torch.autograd.Function, _Ring).apply
     if not torch._C._are_functorch_transforms_active():
         return list(apply(program, channels_last, *inputs))

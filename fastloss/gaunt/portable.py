@@ -9,7 +9,7 @@ from torch import Tensor
 from fastloss.gaunt.program import Program, degree_of
 from fastloss.gaunt.tables import grid
 
-TILE_NUMBERS = 1 << 20  # of values on the grid, a tensor: 4 MiB in float32
+TILE_NUMBERS = 1 << 18  # of values on the grid, a tensor: 1 MiB in float32
 
 
 def _ring(inputs: list[Tensor], program: Program, degrees: list[int], total: int) -> list[Tensor]:

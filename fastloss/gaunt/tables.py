@@ -6,13 +6,27 @@ Built in float32, the Legendre functions alone would cost 5e-4 at degree 8.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 NORMALIZATIONS = ("integral", "component", "norm")
+Build = TypeVar("Build", bound=Callable[..., Any])
+
+
+def _table(build: Build) -> Build:
+    """Caches a builder, whose tensors must outlive the caller's inference mode."""
+    cached = lru_cache(maxsize=256)(build)
+
+    @wraps(build)
+    def table(*args: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return cached(*args)
+
+    return cast(Build, table)
 
 
 def legendre(degree: int, x: Tensor) -> Tensor:
@@ -62,13 +76,23 @@ def order_at(degree: int, m: int) -> int:
     return m * (degree + 1) - m * (m - 1) // 2
 
 
+@_table
+def recurrence(degree: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """P_lm = a_m x P_(l-1)m - b_m P_(l-2)m at l = degree: a of orders 0..l-1, b of orders 0..l-2."""
+    n = degree
+    a = [math.sqrt((4 * n * n - 1) / (n * n - m * m)) for m in range(n)]
+    b = [a[m] * math.sqrt(((n - 1) ** 2 - m * m) / (4 * (n - 1) ** 2 - 1)) for m in range(n - 1)]
+    first, second = (torch.tensor(values, dtype=torch.float64).to(device, dtype) for values in (a, b))
+    return first, second
+
+
 class Rings(NamedTuple):
     pairs: int
     to_ring: Tensor  # (pairs, triangle)
     from_ring: Tensor  # with the quadrature's weights
 
 
-@lru_cache(maxsize=256)
+@_table
 def rings(degree: int, total: int, dtype: torch.dtype) -> Rings:
     """Rings on which products of `total` degrees, that of the output included, are exact; CPU tensors."""
     x, weight = gauss_legendre(total // 2 + 1)
@@ -85,7 +109,7 @@ def degrees_of(degree: int) -> list[int]:
     return [n for n in range(degree + 1) for _ in range(2 * n + 1)]
 
 
-@lru_cache(maxsize=256)
+@_table
 def degree_index(degree: int, device: torch.device) -> Tensor:
     return torch.tensor(degrees_of(degree), device=device)
 
@@ -97,7 +121,7 @@ def harmonic_norm(normalization: str, degree: int) -> float:
     return math.sqrt(4 * math.pi / (1 if normalization == "component" else 2 * degree + 1))
 
 
-@lru_cache(maxsize=256)
+@_table
 def norms(normalization: str, degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """:func:`harmonic_norm` of each coefficient."""
     values = [harmonic_norm(normalization, n) for n in degrees_of(degree)]
@@ -107,14 +131,12 @@ def norms(normalization: str, degree: int, dtype: torch.dtype, device: torch.dev
 class Grid(NamedTuple):
     """A ring grid for plain tensor code: values on (rings, azimuths) and back."""
 
-    gather: (
-        Tensor  # (2 degree + 1, degree + 1): coefficient of order m and degree l, (degree + 1)^2 where there is none
-    )
+    gather: Tensor  # (2 degree + 1, degree + 1): where order m of degree l is, (degree + 1)^2 for none
     legendre: Tensor  # (2 degree + 1, degree + 1, rings)
     azimuth: Tensor  # (2 degree + 1, azimuths)
 
 
-@lru_cache(maxsize=256)
+@_table
 def grid(degree: int, total: int, back: bool, dtype: torch.dtype, device: torch.device) -> Grid:
     """`back`: with the quadrature's weights."""
     half, half_weight = gauss_legendre(total // 2 + 1)
@@ -144,7 +166,7 @@ class Sparse(NamedTuple):
     matrix: Tensor
 
 
-@lru_cache(maxsize=64)
+@_table
 def sparse(l1: int, l2: int, l3: int, dtype: torch.dtype, device: torch.device) -> Sparse:
     def on_grid(degree: int, back: bool) -> Tensor:
         g = grid(degree, l1 + l2 + l3, back, torch.float64, torch.device("cpu"))
@@ -160,17 +182,33 @@ def sparse(l1: int, l2: int, l3: int, dtype: torch.dtype, device: torch.device) 
     return Sparse((kept // d2).to(device), (kept % d2).to(device), pairs[kept].to(device, dtype))
 
 
+@_table
+def columns(degree: int, device: torch.device) -> Tensor:
+    """Where l^2 + l + m is in (order, degree), flattened."""
+    places = [(m + degree) * (degree + 1) + n for n in range(degree + 1) for m in range(-n, n + 1)]
+    return torch.tensor(places, device=device)
+
+
+@_table
+def order_columns(degree: int, device: torch.device) -> Tensor:
+    """Where l^2 + l + m is in [cosines of (l, m >= 0), degree by degree; sines of (l, m >= 1), degree by degree]."""
+    cosines = (degree + 1) * (degree + 2) // 2
+    places = []
+    for n in range(degree + 1):
+        places += [cosines + n * (n - 1) // 2 + m - 1 for m in range(n, 0, -1)]
+        places += [n * (n + 1) // 2 + m for m in range(n + 1)]
+    return torch.tensor(places, device=device)
+
+
 class Fourier(NamedTuple):
     """Between coefficients and the double Fourier series sum_uv F_uv e^(i (u theta + v phi)), -degree <= u, v."""
 
     gather: Tensor  # as in Grid
-    to_fourier: (
-        Tensor  # (2 degree + 1, degree + 1, 2 degree + 1): order, degree, u; what multiplies the real coefficient
-    )
+    to_fourier: Tensor  # (2 degree + 1, degree + 1, 2 degree + 1): order, degree, u
     orders: Tensor  # (2 degree + 1, 2 degree + 1): real order, v; complex
 
 
-@lru_cache(maxsize=64)
+@_table
 def fourier(degree: int, dtype: torch.dtype, device: torch.device) -> Fourier:
     count = 2 * degree + 1
     theta = 2 * math.pi * torch.arange(count, dtype=torch.float64) / count
@@ -190,14 +228,15 @@ def fourier(degree: int, dtype: torch.dtype, device: torch.device) -> Fourier:
         elif m > 0:
             orders[degree + m, [degree + m, degree - m]] = math.sqrt(0.5)
         else:  # sqrt(2) sin(|m| phi)
-            orders[degree + m, degree - m], orders[degree + m, degree + m] = -1j * math.sqrt(0.5), 1j * math.sqrt(0.5)
+            orders.imag[degree + m, degree - m] = -math.sqrt(0.5)
+            orders.imag[degree + m, degree + m] = math.sqrt(0.5)
     kind = torch.complex64 if dtype == torch.float32 else torch.complex128
     return Fourier(gather.to(device), table.to(device, kind), orders.to(device, kind))
 
 
-@lru_cache(maxsize=64)
+@_table
 def from_fourier(band: int, degree: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(order, degree, u) integrals of e^(i u theta) against the Legendre functions, and (order, v): all |u|, |v| <= band."""
+    """(order, degree, u), integrals of e^(i u theta) with the Legendre functions, and (order, v); |u|, |v| <= band."""
     x, weight = gauss_legendre(band + degree + 2)
     x, weight = torch.cat((x, -x)), torch.cat((weight, weight))
     theta = x.acos()
@@ -217,9 +256,9 @@ def from_fourier(band: int, degree: int, dtype: torch.dtype, device: torch.devic
         if m == 0:
             orders[degree, band] = 2 * math.pi
         elif m > 0:
-            orders[degree + m, [band + m, band - m]] = math.sqrt(2) * math.pi + 0j
+            orders.real[degree + m, [band + m, band - m]] = math.sqrt(2) * math.pi
         else:
-            orders[degree + m, band - m] = 1j * math.sqrt(2) * math.pi
-            orders[degree + m, band + m] = -1j * math.sqrt(2) * math.pi
+            orders.imag[degree + m, band - m] = math.sqrt(2) * math.pi
+            orders.imag[degree + m, band + m] = -math.sqrt(2) * math.pi
     kind = torch.complex64 if dtype == torch.float32 else torch.complex128
     return table.to(device, kind), orders.to(device, kind)

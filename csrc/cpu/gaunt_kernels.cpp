@@ -36,33 +36,93 @@ FASTLOSS_INLINE bool side_by_side(const GauntProgram<T>& p, int64_t lane, int co
   return p.channels && count == Lanes<T>::kCount && lane % p.channels + count <= p.channels;
 }
 
+// One step of a transposition: swaps the blocks of S columns off the diagonal.
+template <class T, int S>
+FASTLOSS_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
+  constexpr int kN = Lanes<T>::kCount;
+#ifdef __clang__
+  Vec<T> low, high;
+  for (int c = 0; c < kN; ++c) {
+    low[c] = c & S ? b[c - S] : a[c];
+    high[c] = c & S ? b[c] : a[c + S];
+  }
+#else
+  Bits<T> first{}, second{};
+  for (int c = 0; c < kN; ++c) {
+    first[c] = c & S ? kN + c - S : c;
+    second[c] = c & S ? kN + c : c + S;
+  }
+  const Vec<T> low = __builtin_shuffle(a, b, first), high = __builtin_shuffle(a, b, second);
+#endif
+  a = low;
+  b = high;
+}
+
+template <class T, int S>
+FASTLOSS_INLINE void transpose(Vec<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Lanes<T>::kCount; ++i)
+    if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
+  if constexpr (S > 1) transpose<T, S / 2>(rows);
+}
+
 template <class T>
 void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int count, Vec<T>* out) {
+  constexpr int kN = Lanes<T>::kCount;
   if (side_by_side(p, lane, count)) {
     x += offset_of(p, lane, d);
     for (int64_t i = 0; i < d; ++i) out[i] = load(x + i * p.channels);
     return;
   }
+  // Rows of less than a vector are read with the beginning of the next, if there is one.
+  if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
+    for (int64_t i = 0; i < d; i += kN) {
+      const int64_t first = d < kN ? 0 : lesser(i, d - kN);  // the last tile overlaps the one before
+      Vec<T> tile[kN];
+#pragma GCC unroll 16
+      for (int l = 0; l < kN; ++l) tile[l] = load(x + (lane + l) * d + first);
+      transpose<T, kN / 2>(tile);
+      const int64_t rows = lesser(kN, d);
+      for (int64_t k = 0; k < rows; ++k) out[first + k] = tile[k];
+    }
+    return;
+  }
   const int64_t stride = p.channels ? p.channels : 1;
   T* flat = reinterpret_cast<T*>(out);
-  for (int l = 0; l < Lanes<T>::kCount; ++l) {
+  for (int l = 0; l < kN; ++l) {
     const T* from = x + offset_of(p, lane + (l < count ? l : 0), d);  // missing lanes repeat the first
-    for (int64_t i = 0; i < d; ++i) flat[i * Lanes<T>::kCount + l] = from[i * stride];
+    for (int64_t i = 0; i < d; ++i) flat[i * kN + l] = from[i * stride];
   }
 }
 
 template <class T>
 void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int count, const Vec<T>* in) {
+  constexpr int kN = Lanes<T>::kCount;
   if (side_by_side(p, lane, count)) {
     y += offset_of(p, lane, d);
     for (int64_t i = 0; i < d; ++i) store(y + i * p.channels, in[i]);
+    return;
+  }
+  if (p.channels == 0 && count == kN) {
+    y += lane * d;
+    for (int64_t i = 0; i < d; i += kN) {
+      const int64_t first = d < kN ? 0 : lesser(i, d - kN), rows = lesser(kN, d);
+      Vec<T> tile[kN]{};
+      for (int64_t k = 0; k < rows; ++k) tile[k] = in[first + k];
+      transpose<T, kN / 2>(tile);
+      for (int l = 0; l < kN; ++l)  // what a short row writes into the next is overwritten by it, inside this block
+        if (l * d + first + kN <= kN * d)
+          store(y + l * d + first, tile[l]);
+        else
+          store_some<T>(y + l * d + first, tile[l], int(rows));
+    }
     return;
   }
   const int64_t stride = p.channels ? p.channels : 1;
   const T* flat = reinterpret_cast<const T*>(in);
   for (int l = 0; l < count; ++l) {
     T* to = y + offset_of(p, lane + l, d);
-    for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * Lanes<T>::kCount + l];
+    for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * kN + l];
   }
 }
 

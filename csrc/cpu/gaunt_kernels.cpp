@@ -252,7 +252,7 @@ FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratc
     const int64_t size = spectrum_size(p.in_degree[i]);
     return at.spectra + spectrum_at[i] + ring * size + size / 2 - 1;
   };
-  int64_t top = 0;
+  int64_t top = -1;  // orders 0..top of the sums are set
   for (int64_t t = 0; t < count; ++t) {
     const T coefficient = T(term[0]);
     const int64_t factors = term[1];
@@ -260,25 +260,33 @@ FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratc
     term += 2 + factors;
     int64_t band = 0;
     for (int64_t f = 0; f < factors; ++f) band += p.in_degree[factor[f]];
-    const int64_t last = lesser(band, l);
-    if (t == 0 || last > top)
-      for (int ring = 0; ring < 2 * R; ++ring)
-        for (int64_t k = t == 0 ? 0 : 2 * (top + 1); k < 2 * (last + 1); ++k) at.sums[ring * sums_size + k] = Vec<T>{};
-    top = t == 0 ? last : greater(top, last);
+    const int64_t last = lesser(band, l), before = top;
+    top = greater(top, last);
     for (int ring = 0; ring < 2 * R; ++ring) {
       const Vec<T>* a = spectrum_of(factor[0], ring);
       int64_t band_a = p.in_degree[factor[0]], left = band - band_a;
       Vec<T>* sum = at.sums + ring * sums_size;
+      auto set = [&](int64_t k, Vec<T> c, Vec<T> s) {
+        sum[2 * k] = c * coefficient;
+        sum[2 * k + 1] = s * coefficient;
+      };
       auto add = [&](int64_t k, Vec<T> c, Vec<T> s) {
-        sum[2 * k] += c * coefficient;
-        sum[2 * k + 1] += s * coefficient;
+        if (k > before) {
+          set(k, c, s);
+        } else {
+          sum[2 * k] += c * coefficient;
+          sum[2 * k + 1] += s * coefficient;
+        }
       };
       for (int64_t f = 1; f < factors; ++f) {
         const Vec<T>* b = spectrum_of(factor[f], ring);
         const int64_t band_b = p.in_degree[factor[f]];
         left -= band_b;
         if (f == factors - 1) {
-          multiply<T>(a, band_a, b, band_b, last, add);
+          if (t == 0)
+            multiply<T>(a, band_a, b, band_b, last, set);
+          else
+            multiply<T>(a, band_a, b, band_b, last, add);
         } else {  // orders above last + left do not reach the output
           const int64_t kept = lesser(band_a + band_b, last + left);
           Vec<T>* next = at.partial[f & 1] + spectrum_size(kept) / 2 - 1;

@@ -372,6 +372,8 @@ def _scaled(x: Tensor, weight: Tensor | None, degree: int, normalization: str, d
 
 def _lanes(name: str, xs: Sequence[Tensor], dim: int) -> tuple[list[Tensor], tuple[int, ...]]:
     """The op's shapes, (lanes, d) or (batch, d, channels), and the common leading shape (with channels at the end)."""
+    if dim == -1 and all(x.dim() == 2 and x.shape[0] == xs[0].shape[0] for x in xs):
+        return list(xs), (xs[0].shape[0],)
     outer = [tuple(x.shape[:-1] if dim == -1 else (*x.shape[:-2], x.shape[-1])) for x in xs]
     try:
         lead = tuple(torch.broadcast_shapes(*outer))  # type: ignore[no-untyped-call]
@@ -386,7 +388,7 @@ def _lanes(name: str, xs: Sequence[Tensor], dim: int) -> tuple[list[Tensor], tup
 
 def _multiply(name: str, xs: Sequence[Tensor], factors: Sequence[int], degree: int, dim: int) -> Tensor:
     lanes, lead = _lanes(name, xs, dim)
-    (out,) = ring(product(factors, degree), lanes, channels_last=dim == -2)
+    (out,) = ring(product(tuple(factors), degree), lanes, channels_last=dim == -2)
     if dim == -1:
         return out.reshape(*lead, (degree + 1) ** 2)
     return out.reshape(*lead[:-1], (degree + 1) ** 2, lead[-1])

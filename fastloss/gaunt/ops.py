@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from fastloss._backends import implementation
@@ -90,15 +91,8 @@ class _Ring(torch.autograd.Function):
 
 def _call(program: Program, channels_last: bool, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Runs the program without the inputs that no term has."""
-    used = sorted({i for terms in program.outputs for t in terms for i in t.factors})
-    keep = used or [0]
-    at = {i: n for n, i in enumerate(keep)}
-    terms: list[int] = []
-    for output in program.outputs:
-        terms.append(len(output))
-        for term in output:
-            terms += (term.coefficient, len(term.factors), *(at[i] for i in term.factors))
-    result: list[Tensor] = _op([inputs[i] for i in keep], list(program.out_degrees), terms, channels_last)
+    keep, out_degrees, terms = program.compact()
+    result: list[Tensor] = _op([inputs[i] for i in keep], out_degrees, terms, channels_last)
     return result
 
 
@@ -106,9 +100,8 @@ def _sum_of_gradients(
     program: Program, channels_last: bool, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: list[int]
 ) -> list[Tensor]:
     present = [o for o, g in enumerate(grads) if g is not None]
-    seen = Program(tuple(program.out_degrees[o] for o in present), tuple(program.outputs[o] for o in present))
-    degrees = tuple(degree_of(inputs[i], channels_last) for i in wanted)
-    gradient = Program(degrees, seen.terms_of_gradients(wanted, len(inputs)))
+    degrees = [degree_of(inputs[i], channels_last) for i in wanted]
+    gradient = program.gradient(tuple(wanted), tuple(degrees), tuple(present), len(inputs))
     return _call(gradient, channels_last, [*inputs, *(g for g in grads if g is not None)])
 
 
@@ -116,26 +109,24 @@ def _tangents(
     program: Program, channels_last: bool, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
 ) -> list[Tensor]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
-    at = {i: len(inputs) + n for n, i in enumerate(moving)}
-    outputs = []
-    for terms in program.outputs:
-        found: dict[tuple[int, ...], int] = {}
-        for term in terms:
-            for n, i in enumerate(term.factors):
-                if i in at:
-                    key = tuple(sorted((*term.factors[:n], *term.factors[n + 1 :], at[i])))
-                    found[key] = found.get(key, 0) + term.coefficient
-        outputs.append(tuple(programs.Term(c, key) for key, c in found.items()))
-    moved = Program(program.out_degrees, tuple(outputs))
+    moved = program.tangent(tuple(moving), len(inputs))
     return _call(moved, channels_last, [*inputs, *(t for t in tangents if t is not None)])
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
 
 
 def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
     program = programs.parse(out_degrees, terms)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _call(program, channels_last, inputs)
     # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
     apply = super(torch.autograd.Function, _Ring).apply
-    if not torch._C._are_functorch_transforms_active():
+    if not transformed:
         return list(apply(program, channels_last, *inputs))
     with enable_single_level_autograd_function():
         return list(apply(program, channels_last, *inputs))

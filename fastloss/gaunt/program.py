@@ -52,21 +52,49 @@ class Program:
             default=0,
         )
 
-    def terms_of_gradients(self, wanted: Sequence[int], first: int) -> tuple[tuple[Term, ...], ...]:
-        """Gradients of sum_o <input first + o, output o> with respect to the inputs `wanted`: again such sums."""
+    @lru_cache(maxsize=4096)  # noqa: B019 - programs are few and small
+    def compact(self) -> tuple[list[int], list[int], list[int]]:
+        """The inputs that some term has (at least one), the degrees, and the flat terms with those renumbered."""
+        keep = sorted({i for terms in self.outputs for t in terms for i in t.factors}) or [0]
+        at = {i: n for n, i in enumerate(keep)}
+        outputs = tuple(
+            tuple(Term(t.coefficient, tuple(at[i] for i in t.factors)) for t in terms) for terms in self.outputs
+        )
+        return keep, list(self.out_degrees), Program(self.out_degrees, outputs).flat()
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def gradient(
+        self, wanted: tuple[int, ...], degrees: tuple[int, ...], present: tuple[int, ...], inputs: int
+    ) -> Program:
+        """Gradients, of these degrees, of sum_o <input inputs + n, output present_n> with respect to `wanted`."""
         outputs = []
         for i in wanted:
             found: dict[tuple[int, ...], int] = {}
-            for o, terms in enumerate(self.outputs):
-                for term in terms:
+            for n, o in enumerate(present):
+                for term in self.outputs[o]:
                     times = term.factors.count(i)
                     if times:
                         others = list(term.factors)
                         others.remove(i)
-                        key = tuple(sorted((*others, first + o)))
+                        key = tuple(sorted((*others, inputs + n)))
                         found[key] = found.get(key, 0) + times * term.coefficient
             outputs.append(tuple(Term(c, key) for key, c in found.items()))
-        return tuple(outputs)
+        return Program(degrees, tuple(outputs))
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def tangent(self, moving: tuple[int, ...], inputs: int) -> Program:
+        """How the outputs move when input moving_n moves by input inputs + n."""
+        at = {i: inputs + n for n, i in enumerate(moving)}
+        outputs = []
+        for terms in self.outputs:
+            found: dict[tuple[int, ...], int] = {}
+            for term in terms:
+                for n, i in enumerate(term.factors):
+                    if i in at:
+                        key = tuple(sorted((*term.factors[:n], *term.factors[n + 1 :], at[i])))
+                        found[key] = found.get(key, 0) + term.coefficient
+            outputs.append(tuple(Term(c, key) for key, c in found.items()))
+        return Program(self.out_degrees, tuple(outputs))
 
 
 def parse(out_degrees: Sequence[int], flat: Sequence[int]) -> Program:
@@ -86,6 +114,7 @@ def _parse(out_degrees: tuple[int, ...], flat: tuple[int, ...]) -> Program:
     return Program(out_degrees, tuple(outputs))
 
 
-def product(factors: Sequence[int], out_degree: int) -> Program:
+@lru_cache(maxsize=4096)
+def product(factors: tuple[int, ...], out_degree: int) -> Program:
     """The program of one product."""
     return Program((out_degree,), ((Term(1, tuple(sorted(factors))),),))

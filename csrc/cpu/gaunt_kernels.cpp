@@ -168,28 +168,40 @@ FASTLOSS_INLINE void to_rings(const GauntProgram<T>& p, const Vec<T>* x, int64_t
   }
 }
 
-// Orders 0..top of the product of two spectra given by their middles; f(k, cosine, sine).
-template <class T, class F>
-FASTLOSS_INLINE void multiply(const Vec<T>* a, int64_t band_a, const Vec<T>* b, int64_t band_b, int64_t top, F&& f) {
-  for (int64_t k = 0; k <= top; k += kTile) {
-    Vec<T> c[kTile]{}, s[kTile]{};
-    const int64_t first = greater(-band_a, k - band_b), last = lesser(band_a, k + kPad + band_b);
-    for (int64_t m = first; m <= last; ++m) {
-      const Vec<T> ac = a[2 * m], as = a[2 * m + 1];
-      const Vec<T>* other = b + 2 * (k - m);
+// Orders k..k + N - 1 of the product of two spectra given by their middles; f(k, cosine, sine).
+template <class T, int N, class F>
+FASTLOSS_INLINE void multiply_tile(const Vec<T>* a, int64_t band_a, const Vec<T>* b, int64_t band_b, int64_t k,
+                                   const F& f) {
+  Vec<T> c[N]{}, s[N]{};
+  const int64_t first = greater(-band_a, k - band_b), last = lesser(band_a, k + N - 1 + band_b);
+  for (int64_t m = first; m <= last; ++m) {
+    const Vec<T> ac = a[2 * m], as = a[2 * m + 1];
+    const Vec<T>* other = b + 2 * (k - m);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTile; ++t) {
-        const Vec<T> bc = other[2 * t], bs = other[2 * t + 1];
-        c[t] += ac * bc;
-        s[t] += ac * bs;
-        c[t] -= as * bs;
-        s[t] += as * bc;
-      }
+    for (int t = 0; t < N; ++t) {
+      const Vec<T> bc = other[2 * t], bs = other[2 * t + 1];
+      c[t] += ac * bc;
+      s[t] += ac * bs;
+      c[t] -= as * bs;
+      s[t] += as * bc;
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < kTile; ++t)
-      if (k + t <= top) f(k + t, c[t], s[t]);
   }
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) f(k + t, c[t], s[t]);
+}
+
+// Orders 0..top.
+template <class T, class F>
+FASTLOSS_INLINE void multiply(const Vec<T>* a, int64_t band_a, const Vec<T>* b, int64_t band_b, int64_t top,
+                              const F& f) {
+  int64_t k = 0;
+  for (; k + kTile <= top + 1; k += kTile) multiply_tile<T, kTile>(a, band_a, b, band_b, k, f);
+  const int64_t left = top + 1 - k;
+  if constexpr (kTile > 2) {
+    if (left == 3) multiply_tile<T, 3>(a, band_a, b, band_b, k, f);
+    if (left == 2) multiply_tile<T, 2>(a, band_a, b, band_b, k, f);
+  }
+  if (left == 1) multiply_tile<T, 1>(a, band_a, b, band_b, k, f);
 }
 
 // Adds R pairs of rings, h (2 R, orders 0..band) of stride `size`, to the coefficients of one output.

@@ -13,8 +13,7 @@ from fastloss._checks import FLOATS, check_device
 from fastloss.gaunt.constants import norms, table
 from fastloss.gaunt.harmonics import harmonics
 from fastloss.gaunt.methods import direct, fft
-from fastloss.gaunt.ops import ring
-from fastloss.gaunt.program import product
+from fastloss.gaunt.ops import multiply
 from fastloss.gaunt.tables import NORMALIZATIONS
 
 METHODS = ("auto", "ring", "direct", "fft")
@@ -388,7 +387,7 @@ def _lanes(name: str, xs: Sequence[Tensor], dim: int) -> tuple[list[Tensor], tup
 
 def _multiply(name: str, xs: Sequence[Tensor], factors: Sequence[int], degree: int, dim: int) -> Tensor:
     lanes, lead = _lanes(name, xs, dim)
-    (out,) = ring(product(tuple(factors), degree), lanes, channels_last=dim == -2)
+    out = multiply(lanes, factors, degree, channels_last=dim == -2)
     if dim == -1:
         return out.reshape(*lead, (degree + 1) ** 2)
     return out.reshape(*lead[:-1], (degree + 1) ** 2, lead[-1])

@@ -135,6 +135,10 @@ def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], ch
 _LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
 
 
-def ring(program: Program, inputs: Sequence[Tensor], *, channels_last: bool = False) -> list[Tensor]:
-    """(lanes, (degree + 1)^2) each, or with channels last (batch, (degree + 1)^2, channels); float32 or float64."""
-    return _call(program, channels_last, inputs)
+def multiply(inputs: list[Tensor], factors: Sequence[int], degree: int, *, channels_last: bool = False) -> Tensor:
+    """The product of the inputs with these numbers, up to a degree.
+
+    inputs: (lanes, (degree + 1)^2) or with channels last (batch, (degree + 1)^2, channels); float32 or float64.
+    """
+    result: Tensor = _op(inputs, [degree], [1, 1, len(factors), *factors], channels_last)[0]
+    return result

@@ -112,9 +112,3 @@ def _parse(out_degrees: tuple[int, ...], flat: tuple[int, ...]) -> Program:
             terms.append(Term(coefficient, tuple(next(numbers) for _ in range(count))))
         outputs.append(tuple(terms))
     return Program(out_degrees, tuple(outputs))
-
-
-@lru_cache(maxsize=4096)
-def product(factors: tuple[int, ...], out_degree: int) -> Program:
-    """The program of one product."""
-    return Program((out_degree,), ((Term(1, tuple(sorted(factors))),),))

@@ -26,7 +26,7 @@ def _sample(
 
 
 def _ring(x1: Tensor, x2: Tensor, program: Program) -> tuple[Tensor, ...]:
-    return tuple(ops.ring(program, [x1, x2]))
+    return tuple(ops._op([x1, x2], list(program.out_degrees), program.flat(), False))
 
 
 def _raw_arguments(x1: Tensor, x2: Tensor, program: Program) -> tuple[Any, ...]:

@@ -119,11 +119,12 @@ def _forward_mode() -> bool:
 
 def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
-    program = programs.parse(out_degrees, terms)
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
         with torch._C._AutoDispatchBelowAutograd():
-            return _call(program, channels_last, inputs)
+            plain: list[Tensor] = _op(inputs, out_degrees, terms, channels_last)
+            return plain
+    program = programs.parse(out_degrees, terms)
     # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
     apply = super(torch.autograd.Function, _Ring).apply
     if not transformed:

@@ -28,6 +28,13 @@ class Program:
     out_degrees: tuple[int, ...]
     outputs: tuple[tuple[Term, ...], ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.out_degrees, self.outputs)))  # looked up several times a call
+
+    def __hash__(self) -> int:
+        result: int = self.__dict__["_hash"]
+        return result
+
     def flat(self) -> list[int]:
         """As csrc/cpu/gaunt.h reads it."""
         numbers: list[int] = []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastloss
+from fastloss.gaunt.program import degree_of_size
 from fastloss.gaunt.tables import gauss_legendre
 from fastloss.reference import gaunt as reference
 
@@ -71,7 +72,7 @@ def _grid(degree: int, total: int, back: bool, dtype: torch.dtype) -> Tensor:
 
 def _dense(*xs: Tensor) -> Tensor:
     """Matrix products to the values on a grid, their product, and one matrix product back."""
-    degrees = [math.isqrt(x.shape[-1]) - 1 for x in xs]
+    degrees = [degree_of_size(x.shape[-1]) for x in xs]
     out, dtype = sum(degrees), xs[0].dtype
     values = [x @ _grid(degree, 2 * out, False, dtype) for x, degree in zip(xs, degrees, strict=True)]
     product = math.prod(values[1:], start=values[0])
@@ -91,7 +92,7 @@ def _chained(*xs: Tensor) -> Tensor:
 def _fastloss(method: str) -> Loss:
     def run(*xs: Tensor) -> Tensor:
         product = fastloss.gaunt_tensor_product(*xs, method=method) if len(xs) == 2 else fastloss.gaunt_product(xs)
-        return (product @ _weights(math.isqrt(product.shape[-1]) - 1, xs[0])).sum()
+        return (product @ _weights(degree_of_size(product.shape[-1]), xs[0])).sum()
 
     return run
 
@@ -151,7 +152,7 @@ def _e3nn(degree: int, full: bool) -> Loss:
 
 
 def _compiled(op: str) -> Loss:
-    return torch.compile(EAGER[op], fullgraph=True, dynamic=True)
+    return torch.compile(EAGER[op], fullgraph=True)
 
 
 _PRODUCTS = {_op(degree): degree for degree in DEGREES}

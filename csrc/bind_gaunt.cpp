@@ -41,13 +41,15 @@ template <class T>
 struct Call {
   Integers in_degree, out_degree, terms;
   std::int64_t degree, band, pairs;
-  Call(Integers in, Integers out, Integers t, std::int64_t degree, std::int64_t band, std::int64_t pairs)
+  bool equator;
+  Call(Integers in, Integers out, Integers t, std::int64_t degree, std::int64_t band, std::int64_t pairs, bool equator)
       : in_degree(std::move(in)),
         out_degree(std::move(out)),
         terms(std::move(t)),
         degree(degree),
         band(band),
-        pairs(pairs) {
+        pairs(pairs),
+        equator(equator) {
     check(in_degree, out_degree, terms, degree, band);
   }
 
@@ -61,6 +63,7 @@ struct Call {
     p.degree = degree;
     p.band = band;
     p.pairs = pairs;
+    p.equator = equator;
     return p;
   }
 
@@ -90,7 +93,7 @@ struct Call {
 template <class T>
 void bind(pybind11::module_& m, const char* name) {
   pybind11::class_<Call<T>>(m, name)
-      .def(pybind11::init<Integers, Integers, Integers, std::int64_t, std::int64_t, std::int64_t>())
+      .def(pybind11::init<Integers, Integers, Integers, std::int64_t, std::int64_t, std::int64_t, bool>())
       .def("scratch", &Call<T>::scratch)
       .def("run", &Call<T>::run, fastloss::Unlocked());
 }

@@ -29,6 +29,7 @@ struct GauntProgram {
   int64_t degree;      // of the tables, at least every degree above
   int64_t band;        // at least the sum of the degrees of the factors of any term
   int64_t pairs;       // of rings
+  bool equator;        // the last pair is one ring, at cos(theta) = 0, with half its weight for each of the two
   const T* to_ring;    // (pairs, (degree + 1) (degree + 2) / 2), order by order
   const T* from_ring;  // the same, with the quadrature's weights
 };

@@ -58,12 +58,49 @@ FASTLOSS_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
   b = high;
 }
 
-template <class T, int S>
-FASTLOSS_INLINE void transpose(Vec<T>* rows) {
+// Transposes kCount rows of which only the first N columns are wanted: fills rows 0..N - 1.
+template <class T, int N, int S>
+FASTLOSS_INLINE void columns_of(Vec<T>* rows) {
+  constexpr int kUsed = 2 * S < N ? N : 2 * S;  // rows that matter by now: earlier steps left the columns beyond N out
 #pragma GCC unroll 16
-  for (int i = 0; i < Lanes<T>::kCount; ++i)
+  for (int i = 0; i < kUsed; ++i)
     if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
-  if constexpr (S > 1) transpose<T, S / 2>(rows);
+  if constexpr (S > 1) columns_of<T, N, S / 2>(rows);
+}
+
+// The other way round: rows beyond N are zero.
+template <class T, int N, int S>
+FASTLOSS_INLINE void rows_of(Vec<T>* rows) {
+  constexpr int kUsed = 2 * S < N ? N : 2 * S;
+#pragma GCC unroll 16
+  for (int i = 0; i < kUsed; ++i)
+    if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
+  if constexpr (2 * S < Lanes<T>::kCount) rows_of<T, N, 2 * S>(rows);
+}
+
+template <class T, int N>
+FASTLOSS_INLINE void read_tile(const T* x, int64_t d, int64_t columns, Vec<T>* out) {
+  constexpr int kN = Lanes<T>::kCount;
+  Vec<T> tile[kN];
+#pragma GCC unroll 16
+  for (int l = 0; l < kN; ++l) tile[l] = load(x + l * d);
+  columns_of<T, N, kN / 2>(tile);
+  for (int64_t k = 0; k < columns; ++k) out[k] = tile[k];
+}
+
+// What a short row writes into the next is overwritten by it; the last rows of the block must not write beyond.
+template <class T, int N>
+FASTLOSS_INLINE void write_tile(T* y, int64_t d, int64_t columns, int64_t room, const Vec<T>* in) {
+  constexpr int kN = Lanes<T>::kCount;
+  Vec<T> tile[kN]{};
+  for (int64_t k = 0; k < columns; ++k) tile[k] = in[k];
+  rows_of<T, N, 1>(tile);
+#pragma GCC unroll 16
+  for (int l = 0; l < kN; ++l)
+    if (l * d + kN <= room)
+      store(y + l * d, tile[l]);
+    else
+      store_some<T>(y + l * d, tile[l], int(columns));
 }
 
 template <class T>
@@ -76,14 +113,16 @@ void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, i
   }
   // Rows of less than a vector are read with the beginning of the next, if there is one.
   if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
-    for (int64_t i = 0; i < d; i += kN) {
-      const int64_t first = d < kN ? 0 : lesser(i, d - kN);  // the last tile overlaps the one before
-      Vec<T> tile[kN];
-#pragma GCC unroll 16
-      for (int l = 0; l < kN; ++l) tile[l] = load(x + (lane + l) * d + first);
-      transpose<T, kN / 2>(tile);
-      const int64_t rows = lesser(kN, d);
-      for (int64_t k = 0; k < rows; ++k) out[first + k] = tile[k];
+    x += lane * d;
+    if (d <= 4) {
+      read_tile<T, 4>(x, d, d, out);
+    } else if (d < kN) {
+      read_tile<T, kN>(x, d, d, out);
+    } else {
+      for (int64_t i = 0; i < d; i += kN) {
+        const int64_t first = lesser(i, d - kN);  // the last tile overlaps the one before
+        read_tile<T, kN>(x + first, d, kN, out + first);
+      }
     }
     return;
   }
@@ -105,16 +144,15 @@ void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int co
   }
   if (p.channels == 0 && count == kN) {
     y += lane * d;
-    for (int64_t i = 0; i < d; i += kN) {
-      const int64_t first = d < kN ? 0 : lesser(i, d - kN), rows = lesser(kN, d);
-      Vec<T> tile[kN]{};
-      for (int64_t k = 0; k < rows; ++k) tile[k] = in[first + k];
-      transpose<T, kN / 2>(tile);
-      for (int l = 0; l < kN; ++l)  // what a short row writes into the next is overwritten by it, inside this block
-        if (l * d + first + kN <= kN * d)
-          store(y + l * d + first, tile[l]);
-        else
-          store_some<T>(y + l * d + first, tile[l], int(rows));
+    if (d <= 4) {
+      write_tile<T, 4>(y, d, d, kN * d, in);
+    } else if (d < kN) {
+      write_tile<T, kN>(y, d, d, kN * d, in);
+    } else {
+      for (int64_t i = 0; i < d; i += kN) {
+        const int64_t first = lesser(i, d - kN);
+        write_tile<T, kN>(y + first, d, kN, kN * d - first, in + first);
+      }
     }
     return;
   }
@@ -206,15 +244,15 @@ FASTLOSS_INLINE void multiply(const Vec<T>* a, int64_t band_a, const Vec<T>* b, 
 
 // Adds R pairs of rings, h (2 R, orders 0..band) of stride `size`, to the coefficients of one output.
 template <class T, int R>
-FASTLOSS_INLINE void from_rings(const GauntProgram<T>& p, const Vec<T>* h, int64_t size, int64_t band, int64_t l,
-                                int64_t pair, Vec<T>* y) {
+FASTLOSS_INLINE void from_rings(const GauntProgram<T>& p, const Vec<T>* h, int64_t size, bool equator, int64_t band,
+                                int64_t l, int64_t pair, Vec<T>* y) {
   const int64_t row = (p.degree + 1) * (p.degree + 2) / 2;
   for (int64_t m = 0; m <= lesser(l, band); ++m) {
     const T* table = p.from_ring + pair * row + order_at(p.degree, m);
     Vec<T> even_c[R], even_s[R], odd_c[R], odd_s[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec<T>*north = h + 2 * r * size + 2 * m, *south = north + size;
+      const Vec<T>*north = h + 2 * r * size + 2 * m, *south = equator && r == R - 1 ? north : north + size;
       even_c[r] = north[0] + south[0];
       odd_c[r] = north[0] - south[0];
       even_s[r] = north[1] + south[1];
@@ -260,6 +298,8 @@ template <class T, int R>
 FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* term,
                                           const int64_t* spectrum_at, int64_t l, int64_t pair, Vec<T>* y) {
   const int64_t sums_size = 2 * (p.band + 1), count = *term++;
+  const bool equator = p.equator && pair + R == p.pairs;  // both rings of the last pair are the same one
+  const int rings = 2 * R - equator;
   auto spectrum_of = [&](int64_t i, int64_t ring) {
     const int64_t size = spectrum_size(p.in_degree[i]);
     return at.spectra + spectrum_at[i] + ring * size + size / 2 - 1;
@@ -274,7 +314,7 @@ FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratc
     for (int64_t f = 0; f < factors; ++f) band += p.in_degree[factor[f]];
     const int64_t last = lesser(band, l), before = top;
     top = greater(top, last);
-    for (int ring = 0; ring < 2 * R; ++ring) {
+    for (int ring = 0; ring < rings; ++ring) {
       const Vec<T>* a = spectrum_of(factor[0], ring);
       int64_t band_a = p.in_degree[factor[0]], left = band - band_a;
       Vec<T>* sum = at.sums + ring * sums_size;
@@ -312,7 +352,7 @@ FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratc
         for (int64_t k = 0; k <= last; ++k) add(k, a[2 * k], a[2 * k + 1]);
     }
   }
-  if (count) from_rings<T, R>(p, at.sums, sums_size, top, l, pair, y);
+  if (count) from_rings<T, R>(p, at.sums, sums_size, equator, top, l, pair, y);
   return term;
 }
 

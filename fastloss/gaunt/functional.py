@@ -14,6 +14,7 @@ from fastloss.gaunt.constants import norms, table
 from fastloss.gaunt.harmonics import harmonics
 from fastloss.gaunt.methods import direct, fft
 from fastloss.gaunt.ops import multiply
+from fastloss.gaunt.program import degree_of_size
 from fastloss.gaunt.tables import NORMALIZATIONS
 
 METHODS = ("auto", "ring", "direct", "fft")
@@ -436,8 +437,8 @@ def _check_function(name: str, argument: str, x: Any, dim: Any) -> int:
     if x.dim() < -dim:
         raise ValueError(f"{name}: `{argument}` must have shape {shape}, got {tuple(x.shape)}")
     size = x.shape[dim]
-    degree = math.isqrt(size) - 1
-    if size == 0 or (degree + 1) ** 2 != size:
+    degree = degree_of_size(size) if size else 0
+    if (degree + 1) ** 2 != size:
         raise ValueError(
             f"{name}: `{argument}` must have a square (l + 1)² of coefficients in dimension {dim}, got {size} "
             f"in shape {tuple(x.shape)}"

@@ -19,7 +19,9 @@ _CALLS = {torch.float32: native_core().GauntFloat, torch.float64: native_core().
 def _call(in_degrees: tuple[int, ...], program: Program, dtype: torch.dtype) -> tuple[Any, Rings, int]:
     degree = max((*in_degrees, *program.out_degrees))
     ring = rings(degree, program.total(in_degrees), dtype)
-    call = _CALLS[dtype](in_degrees, program.out_degrees, program.flat(), degree, program.band(in_degrees), ring.pairs)
+    call = _CALLS[dtype](
+        in_degrees, program.out_degrees, program.flat(), degree, program.band(in_degrees), ring.pairs, ring.equator
+    )
     return call, ring, call.scratch()
 
 

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
+
+
+def degree_of_size(size: int) -> int:
+    """The largest degree whose coefficients are no more than `size`."""
+    if not torch.compiler.is_compiling():
+        return math.isqrt(size) - 1
+    degree = 0  # Dynamo does not know the square root of a symbolic size
+    while (degree + 2) ** 2 <= size:
+        degree += 1
+    return degree
 
 
 def degree_of(x: Tensor, channels_last: bool) -> int:
     """The degree of the functions in (lanes, d) or, with channels last, (batch, d, channels)."""
-    return math.isqrt(x.shape[1]) - 1
+    return degree_of_size(x.shape[1])
 
 
 @dataclass(frozen=True)

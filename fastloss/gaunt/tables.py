@@ -88,6 +88,7 @@ def recurrence(degree: int, dtype: torch.dtype, device: torch.device) -> tuple[T
 
 class Rings(NamedTuple):
     pairs: int
+    equator: bool  # the last pair is one ring
     to_ring: Tensor  # (pairs, triangle)
     from_ring: Tensor  # with the quadrature's weights
 
@@ -101,7 +102,7 @@ def rings(degree: int, total: int, dtype: torch.dtype) -> Rings:
     # A function is sum_m F_m e^(i m phi); real harmonics carry sqrt(2) for m > 0, half of it in either of +-m.
     to_ring = torch.where(orders > 0, table / math.sqrt(2), table)
     from_ring = torch.where(orders > 0, table * math.sqrt(2), table) * (2 * math.pi * weight)[:, None]
-    return Rings(len(x), to_ring.to(dtype).contiguous(), from_ring.to(dtype).contiguous())
+    return Rings(len(x), total // 2 % 2 == 0, to_ring.to(dtype).contiguous(), from_ring.to(dtype).contiguous())
 
 
 def degrees_of(degree: int) -> list[int]:

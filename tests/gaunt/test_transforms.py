@@ -97,6 +97,14 @@ def test_compiles(method: str) -> None:
         assert_equal_to_rounding(got, want, terms=100)
 
 
+def test_compiles_with_dynamic_shapes() -> None:
+    compiled = torch.compile(fastloss.gaunt_tensor_product, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lanes in (3, 5):
+        for degree in (1, 3):
+            x, y = functions(lanes, l=degree), functions(lanes, l=2)
+            assert_equal_to_rounding(compiled(x, y), fastloss.gaunt_tensor_product(x, y), terms=200)
+
+
 def test_others_compile() -> None:
     x, _ = pair(4)
     vectors = torch.randn(4, 3, dtype=F64)

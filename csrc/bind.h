@@ -19,6 +19,8 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 
 // One a family, in bind_<family>.cpp.
 void bind_contrastive(pybind11::module_& m);
+void bind_spherical(pybind11::module_& m);
+void bind_sliced(pybind11::module_& m);
 void bind_gaunt(pybind11::module_& m);
 
 }  // namespace fastloss

@@ -5,6 +5,7 @@
 using fastloss::Address;
 using fastloss::at;
 using fastloss::cpu::Mask;
+using fastloss::cpu::Scale;
 
 namespace {
 
@@ -13,22 +14,32 @@ Mask mask_of(std::int64_t diagonal, Address row_ids, Address col_ids) {
 }
 
 template <class T>
-void lse_tile(Address c, std::int64_t rows, std::int64_t cols, Address row_scale, Address col_scale,
-              std::int64_t diagonal, Address row_ids, Address col_ids, Address row_max, Address row_sum,
-              Address col_max, Address col_sum, Address partials, int threads) {
-  fastloss::cpu::chosen_table<fastloss::cpu::ContrastiveKernels<T>>().lse_tile(
-      at<T>(c), rows, cols, at<T>(row_scale), at<T>(col_scale), mask_of(diagonal, row_ids, col_ids), at<T>(row_max),
-      at<T>(row_sum), at<T>(col_max), at<T>(col_sum), at<T>(partials), threads);
+Scale<T> scale_of(Address values, bool single) {
+  return {at<const T>(values), single};
 }
 
 template <class T>
-void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, Address row_shift,
-               Address row_weight, Address col_scale, Address col_shift, Address col_weight, std::int64_t diagonal,
-               Address row_ids, Address col_ids, Address row_dot, Address col_dot, Address partials, int threads) {
-  fastloss::cpu::chosen_table<fastloss::cpu::ContrastiveKernels<T>>().grad_tile(
-      at<T>(c), at<T>(g), rows, cols, at<T>(row_scale), at<T>(row_shift), at<T>(row_weight), at<T>(col_scale),
-      at<T>(col_shift), at<T>(col_weight), mask_of(diagonal, row_ids, col_ids), at<T>(row_dot), at<T>(col_dot),
-      at<T>(partials), threads);
+const fastloss::cpu::ContrastiveKernels<T>& kernels() {
+  return fastloss::cpu::chosen_table<fastloss::cpu::ContrastiveKernels<T>>();
+}
+
+template <class T>
+void lse_tile(Address c, std::int64_t rows, std::int64_t cols, Address row_scale, bool one_row_scale, Address col_scale,
+              bool one_col_scale, std::int64_t diagonal, Address row_ids, Address col_ids, Address row_max,
+              Address row_sum, Address col_max, Address col_sum, Address partials, int threads) {
+  kernels<T>().lse_tile(at<T>(c), rows, cols, scale_of<T>(row_scale, one_row_scale),
+                        scale_of<T>(col_scale, one_col_scale), mask_of(diagonal, row_ids, col_ids), at<T>(row_max),
+                        at<T>(row_sum), at<T>(col_max), at<T>(col_sum), at<T>(partials), threads);
+}
+
+template <class T>
+void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Address row_scale, bool one_row_scale,
+               Address row_shift, Address row_weight, Address col_scale, bool one_col_scale, Address col_shift,
+               Address col_weight, std::int64_t diagonal, Address row_ids, Address col_ids, Address row_dot,
+               Address col_dot, Address partials, int threads) {
+  kernels<T>().grad_tile(at<T>(c), at<T>(g), rows, cols, scale_of<T>(row_scale, one_row_scale), at<T>(row_shift),
+                         at<T>(row_weight), scale_of<T>(col_scale, one_col_scale), at<T>(col_shift), at<T>(col_weight),
+                         mask_of(diagonal, row_ids, col_ids), at<T>(row_dot), at<T>(col_dot), at<T>(partials), threads);
 }
 
 }  // namespace

@@ -11,5 +11,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_isa", &fastloss::cpu::choose_isa);
   m.def("supported_isas", &fastloss::cpu::supported_isas);
   fastloss::bind_contrastive(m);
+  fastloss::bind_spherical(m);
+  fastloss::bind_sliced(m);
   fastloss::bind_gaunt(m);
 }

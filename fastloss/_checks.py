@@ -71,14 +71,31 @@ def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Ten
         return result.to(device=x.device, dtype=dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Comparisons, not math.isfinite: torch.compile traces them for a float that it made dynamic.
+    limit = torch.finfo(dtype).max
+    if not -limit <= value <= limit or (positive and value < 1 / limit):
         raise ValueError(f"{function}: `{name}` must be finite{' and positive' if positive else ''}, got {value}")
     return torch.full((), value, dtype=dtype, device=x.device)
+
+
+def check_number(
+    function: str, name: str, value: Any, *, above: float | None = None, least: float | None = None
+) -> None:
+    """A finite Python number, greater than `above` or at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: `{name}` must be a float, got {type(value).__name__}")
+    if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
+        bound = (
+            f" and greater than {above}" if above is not None else f" and at least {least}" if least is not None else ""
+        )
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {value}")
 
 
 def check_group(function: str, group: Any) -> None:
     if group is None:
         return
+    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+        raise TypeError(f"{function}: `group` must be None or a process group, got {type(group).__name__}")
     size = torch.distributed.get_world_size(group)
     if size != 1:
         raise ValueError(

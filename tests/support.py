@@ -1,5 +1,7 @@
 """Comparisons whose tolerances are derived from the arithmetic, not picked."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,16 @@ def _assert_within(actual: Tensor, expected: Tensor, tolerance: float, name: str
         f"{name}: error {value:.3e} at {index} exceeds {tolerance:.3e} by {value - tolerance:.3e}"
         f" (got {float(actual.flatten()[worst])!r}, expected {float(expected.flatten()[worst])!r}{note})"
     )
+
+
+def peak_bytes(run: Any) -> int:
+    """The most that torch's CPU allocator held at once during run() beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastloss
 from fastloss._backends import native_core
 from tests.op_table import MIB, Op, all_ops
+from tests.support import peak_bytes
 
 OPS = all_ops()
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -126,19 +127,6 @@ def test_instruction_set_can_be_chosen_by_environment() -> None:
     code = "import fastloss; print(fastloss.backends()['native'])"
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "baseline;" in run.stdout
-
-
-def peak_bytes(run: Any) -> int:
-    """The most that torch's CPU allocator held at once during run() beyond what it held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @every_op

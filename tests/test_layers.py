@@ -17,6 +17,7 @@ FLOORS = {
     "modules": 0,
     "ops": 1,
     "tiles": 2,
+    "factored": 2,
     "constants": 2,
     "tables": 3,
     "program": 3,

@@ -21,21 +21,28 @@ constexpr int64_t kNoDiagonal = INT64_MIN;
 // Rows handled together by one thread; fixes the split of the work, so results do not depend on the thread count.
 constexpr int64_t kChunk = 32;
 
+// One value for all rows (or columns), or one each. Null values: the direction is absent.
+template <class T>
+struct Scale {
+  const T* values;
+  bool single;
+};
+
 template <class T>
 struct ContrastiveKernels {
-  // Online log-sum-exp: (row_max, row_sum) (rows,) hold max z and sum 2^(z - max) of what was seen so far, and are
-  // updated; likewise (col_max, col_sum) (cols,) unless col_scale is null. Start from (-inf, 0).
+  // Online log-sum-exp: (row_max, row_sum) (rows,) hold max z, rounded to an integer, and sum 2^(z - max) of what was
+  // seen so far, and are updated; likewise (col_max, col_sum) (cols,) unless col_scale is absent. Start from (-inf, 0).
   // partials: scratch of 2 * ceil(rows / kChunk) * cols, unused (may be null) without columns.
-  void (*lse_tile)(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask,
+  void (*lse_tile)(const T* c, int64_t rows, int64_t cols, Scale<T> row_scale, Scale<T> col_scale, Mask mask,
                    T* row_max, T* row_sum, T* col_max, T* col_sum, T* partials, int threads);
 
   // g_ij = row_weight[i] * P_ij + col_weight[j] * R_ij with the exponentials that lse_tile summed,
   // P_ij = 2^(row_scale[i] c_ij - row_shift[i]), R_ij = 2^(col_scale[j] c_ij - col_shift[j]); 0 where masked.
-  // Shifts are the final maxima (0 for infinite ones); whoever calls divides the weights by the sums.
+  // Shifts are integers: the final maxima (0 for infinite ones); whoever calls divides the weights by the sums.
   // g may be c. If row_dot is not null, row_dot[i] += sum_j P_ij c_ij, and col_dot[j] += sum_i R_ij c_ij
   // (partials: scratch of ceil(rows / kChunk) * cols). Column arguments are null without columns.
-  void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
-                    const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask,
+  void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, Scale<T> row_scale, const T* row_shift,
+                    const T* row_weight, Scale<T> col_scale, const T* col_shift, const T* col_weight, Mask mask,
                     T* row_dot, T* col_dot, T* partials, int threads);
 };
 

@@ -8,8 +8,9 @@ namespace {
 using fastloss::cpu::kChunk;
 using fastloss::cpu::kNoDiagonal;
 using fastloss::cpu::Mask;
+using fastloss::cpu::Scale;
 
-// 32 rows by 256 float32 columns are 32 KiB: read for the rows, they are still in L1 or L2 for the columns.
+// 32 rows by 256 float32 columns are 32 KiB: read for the maxima, they are still in L1 or L2 for the sums.
 constexpr int64_t kBlock = 256;
 
 template <class T>
@@ -54,72 +55,87 @@ FASTLOSS_INLINE void for_each_vector(const T* c, Mask mask, int64_t i, int64_t b
   if (j < end) f(j, int(end - j), load_some(c + j, int(end - j)), kept<T, kMasked>(mask, i, j, int(end - j)));
 }
 
-template <class T, bool kMasked>
-FASTLOSS_INLINE void lse_row(const T* c, Mask mask, int64_t i, int64_t begin, int64_t end, T scale, T* row_max,
-                             T* row_sum) {
-  const Vec<T> none = splat<T>(-kInf<T>);
-  Vec<T> top =
-      none;  // of rounded products: it only shifts; the exponents below are one fused operation, as in grad_tile
-  for_each_vector<T, kMasked>(c, mask, i, begin, end, [&](int64_t, int, Vec<T> v, Bits<T> keep) {
-    top = vmax<T>(top, keep ? v * scale : none);
-  });
-  const T block_max = max_of<T>(top);
-  const T new_max = block_max > row_max[i] ? block_max : row_max[i];
-  const T shift = finite_or_zero(new_max);  // all left out: -inf - 0, not -inf - -inf
-  Vec<T> sum{};
-  for_each_vector<T, kMasked>(c, mask, i, begin, end, [&](int64_t, int, Vec<T> v, Bits<T> keep) {
-    sum += keep ? exp2<T>(v * scale - shift) : Vec<T>{};
-  });
-  row_sum[i] = row_sum[i] * exp2_one<T>(row_max[i] - shift) + sum_of<T>(sum);
-  row_max[i] = new_max;
+// A scale per row or column, or one for all.
+template <class T>
+FASTLOSS_INLINE T one_scale(Scale<T> scale, int64_t i) {
+  return scale.values[scale.single ? 0 : i];
+}
+template <class T>
+FASTLOSS_INLINE Vec<T> scales(Scale<T> scale, int64_t j, int n) {
+  if (scale.single) return splat<T>(scale.values[0]);
+  return n == Lanes<T>::kCount ? load(scale.values + j) : load_some(scale.values + j, n);
 }
 
-// Statistics of the columns j.. of one chunk, written to its own partials: disjoint between chunks.
-template <class T, bool kMasked>
-FASTLOSS_INLINE void lse_columns(const T* c, int64_t cols, Mask mask, int64_t i0, int64_t i1, int64_t j, int n,
-                                 const T* col_scale, T* out_max, T* out_sum) {
+// Rows i0.. by columns begin..end of a tile: first the integer maxima of both directions, then the sums, which for one
+// scale share their exponentials. Column results go to the chunk's own partials: disjoint between chunks.
+template <class T, bool kMasked, bool kColumns, bool kShared>
+FASTLOSS_INLINE void lse_block(const T* c, int64_t cols, Mask mask, int64_t i0, int64_t i1, int64_t begin, int64_t end,
+                               Scale<T> row_scale, Scale<T> col_scale, T* row_max, T* row_sum, T* col_max, T* col_sum) {
   constexpr int kN = Lanes<T>::kCount;
-  const bool whole = n == kN;
   const Vec<T> none = splat<T>(-kInf<T>);
-  const Vec<T> scale = whole ? load(col_scale + j) : load_some(col_scale + j, n);
-  auto value = [&](int64_t i) { return whole ? load(c + i * cols + j) : load_some(c + i * cols + j, n); };
-  auto keep = [&](int64_t i) { return kept<T, kMasked>(mask, i, j, n); };
-  Vec<T> top = none;
-  for (int64_t i = i0; i < i1; ++i) top = vmax<T>(top, keep(i) ? value(i) * scale : none);
-  const Vec<T> magnitude = top < 0 ? -top : top;
-  const Vec<T> shift = magnitude == kInf<T> ? Vec<T>{} : top;
-  Vec<T> sum{};
-  for (int64_t i = i0; i < i1; ++i) sum += keep(i) ? exp2<T>(value(i) * scale - shift) : Vec<T>{};
-  if (whole) {
-    store(out_max + j, top);
-    store(out_sum + j, sum);
-  } else {
-    store_some<T>(out_max + j, top, n);
-    store_some<T>(out_sum + j, sum, n);
+  Vec<T> top[kBlock / kN], col_shift[kBlock / kN], sum[kBlock / kN];
+  T row_shift[kChunk];
+  if (kColumns)
+    for (int v = 0; v < kBlock / kN; ++v) top[v] = none, sum[v] = Vec<T>{};
+  for (int64_t i = i0; i < i1; ++i) {
+    const Vec<T> scale = splat<T>(one_scale(row_scale, i));
+    Vec<T> row_top = none;
+    for_each_vector<T, kMasked>(c + i * cols, mask, i, begin, end, [&](int64_t j, int n, Vec<T> x, Bits<T> keep) {
+      const Vec<T> z = x * scale;
+      row_top = vmax<T>(row_top, keep ? z : none);
+      if (kColumns) {
+        Vec<T>& t = top[(j - begin) / kN];
+        t = vmax<T>(t, keep ? (kShared ? z : x * scales(col_scale, j, n)) : none);
+      }
+    });
+    const T block_max = nearest<T>(splat<T>(max_of<T>(row_top)))[0];
+    const T new_max = block_max > row_max[i] ? block_max : row_max[i];
+    row_shift[i - i0] = finite_or_zero(new_max);  // all left out: -inf - 0, not -inf - -inf
+    row_sum[i] *= pow2_one<T>(row_max[i] - row_shift[i - i0]);
+    row_max[i] = new_max;
   }
+  if (kColumns)
+    for (int v = 0; v < kBlock / kN; ++v) {
+      top[v] = nearest<T>(top[v]);
+      col_shift[v] = magnitude_of<T>(top[v]) == kInf<T> ? Vec<T>{} : top[v];
+    }
+  for (int64_t i = i0; i < i1; ++i) {
+    const Vec<T> scale = splat<T>(one_scale(row_scale, i)), shift = splat<T>(row_shift[i - i0]);
+    Vec<T> row_total{};
+    for_each_vector<T, kMasked>(c + i * cols, mask, i, begin, end, [&](int64_t j, int n, Vec<T> x, Bits<T> keep) {
+      const Pow2<T> e = pow2_of_product<T>(x, scale);
+      row_total += keep ? shifted_down<T>(e, shift) : Vec<T>{};
+      if (kColumns) {
+        const int64_t v = (j - begin) / kN;
+        const Pow2<T> r = kShared ? e : pow2_of_product<T>(x, scales(col_scale, j, n));
+        sum[v] += keep ? shifted_down<T>(r, col_shift[v]) : Vec<T>{};
+      }
+    });
+    row_sum[i] += sum_of<T>(row_total);
+  }
+  if (kColumns)
+    for (int64_t j = begin; j < end; j += kN) {
+      const int n = int(lesser(kN, end - j));
+      store_some<T>(col_max + j, top[(j - begin) / kN], n);
+      store_some<T>(col_sum + j, sum[(j - begin) / kN], n);
+    }
 }
 
-template <class T, bool kMasked>
-void lse_tile(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask, T* row_max,
+template <class T, bool kMasked, bool kColumns, bool kShared>
+void lse_tile(const T* c, int64_t rows, int64_t cols, Scale<T> row_scale, Scale<T> col_scale, Mask mask, T* row_max,
               T* row_sum, T* col_max, T* col_sum, T* partials, int threads) {
-  constexpr int kN = Lanes<T>::kCount;
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t i0 = chunk * kChunk, i1 = lesser(rows, i0 + kChunk);
-      for (int64_t block = 0; block < cols; block += kBlock) {
-        const int64_t end = lesser(cols, block + kBlock);
-        for (int64_t i = i0; i < i1; ++i)
-          lse_row<T, kMasked>(c + i * cols, mask, i, block, end, row_scale[i], row_max, row_sum);
-        if (col_scale)
-          for (int64_t j = block; j < end; j += kN)
-            lse_columns<T, kMasked>(c, cols, mask, i0, i1, j, int(lesser(kN, end - j)), col_scale,
-                                    partials + 2 * chunk * cols, partials + (2 * chunk + 1) * cols);
-      }
+      for (int64_t begin = 0; begin < cols; begin += kBlock)
+        lse_block<T, kMasked, kColumns, kShared>(c, cols, mask, i0, i1, begin, lesser(cols, begin + kBlock), row_scale,
+                                                 col_scale, row_max, row_sum, partials + 2 * chunk * cols,
+                                                 partials + (2 * chunk + 1) * cols);
     }
-    if (col_scale) {
+    if (kColumns) {
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < cols; ++j) {
         T top = col_max[j];
@@ -128,11 +144,11 @@ void lse_tile(const T* c, int64_t rows, int64_t cols, const T* row_scale, const 
           top = m > top ? m : top;
         }
         const T shift = finite_or_zero(top);
-        T sum = col_sum[j] * exp2_one<T>(col_max[j] - shift);
+        T sum = col_sum[j] * pow2_one<T>(col_max[j] - shift);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const T m = finite_or_zero(partials[2 * chunk * cols + j]);  // the shift that chunk used
           const T s = partials[(2 * chunk + 1) * cols + j];
-          if (s != 0) sum += s * exp2_one<T>(m - shift);  // true for NaN as well
+          if (s != 0) sum += s * pow2_one<T>(m - shift);  // true for NaN as well
         }
         col_max[j] = top;
         col_sum[j] = sum;
@@ -141,9 +157,9 @@ void lse_tile(const T* c, int64_t rows, int64_t cols, const T* row_scale, const 
   }
 }
 
-template <class T, bool kMasked, bool kColumns, bool kDots>
-void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
-               const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask, T* row_dot,
+template <class T, bool kMasked, bool kColumns, bool kShared, bool kDots>
+void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, Scale<T> row_scale, const T* row_shift,
+               const T* row_weight, Scale<T> col_scale, const T* col_shift, const T* col_weight, Mask mask, T* row_dot,
                T* col_dot, T* partials, int threads) {
   constexpr int kN = Lanes<T>::kCount;
   const int64_t chunks = (rows + kChunk - 1) / kChunk;
@@ -156,19 +172,22 @@ void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale,
       if (kDots && kColumns)
         for (int64_t j = 0; j < cols; ++j) sums[j] = 0;
       for (int64_t i = i0; i < i1; ++i) {
-        const T scale = row_scale[i], shift = row_shift[i], weight = row_weight[i];
+        const Vec<T> scale = splat<T>(one_scale(row_scale, i)), shift = splat<T>(row_shift[i]);
+        const T weight = row_weight[i];
         Vec<T> dot{};
-        for_each_vector<T, kMasked>(c + i * cols, mask, i, 0, cols, [&](int64_t j, int n, Vec<T> v, Bits<T> keep) {
+        for_each_vector<T, kMasked>(c + i * cols, mask, i, 0, cols, [&](int64_t j, int n, Vec<T> x, Bits<T> keep) {
           const bool whole = n == kN;
           auto at = [&](const T* p) { return whole ? load(p + j) : load_some(p + j, n); };
-          const Vec<T> p = exp2<T>(v * scale - shift);
+          const Pow2<T> e = pow2_of_product<T>(x, scale);
+          const Vec<T> p = shifted_down<T>(e, shift);
           Vec<T> value = p * weight;
-          if (kDots) dot += keep ? p * v : Vec<T>{};
+          if (kDots) dot += keep ? p * x : Vec<T>{};
           if (kColumns) {
-            const Vec<T> r = exp2<T>(v * at(col_scale) - at(col_shift));
+            const Pow2<T> f = kShared ? e : pow2_of_product<T>(x, scales(col_scale, j, n));
+            const Vec<T> r = shifted_down<T>(f, at(col_shift));
             value += r * at(col_weight);
             if (kDots) {
-              const Vec<T> sum = at(sums) + (keep ? r * v : Vec<T>{});
+              const Vec<T> sum = at(sums) + (keep ? r * x : Vec<T>{});
               whole ? store(sums + j, sum) : store_some<T>(sums + j, sum, n);
             }
           }
@@ -194,28 +213,62 @@ FASTLOSS_INLINE bool touches(Mask mask, int64_t rows, int64_t cols) {
   return mask.row_ids || (mask.diagonal != kNoDiagonal && mask.diagonal < cols && mask.diagonal > -rows);
 }
 
+// Waking a second thread costs more than a tile of 64k entries.
+FASTLOSS_INLINE int useful_threads(int64_t rows, int64_t cols, int threads) {
+  return rows * cols <= (1 << 16) ? 1 : threads;
+}
+
 template <class T>
-void lse_tile_any(const T* c, int64_t rows, int64_t cols, const T* row_scale, const T* col_scale, Mask mask, T* row_max,
+FASTLOSS_INLINE bool same(Scale<T> a, Scale<T> b) {
+  return a.single && b.single && a.values[0] == b.values[0];
+}
+
+// A flag as a type: the loops are compiled for every combination.
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+template <class F>
+FASTLOSS_INLINE void with_flag(bool flag, F&& f) {
+  flag ? f(Flag<true>()) : f(Flag<false>());
+}
+
+template <class T>
+void lse_tile_any(const T* c, int64_t rows, int64_t cols, Scale<T> row_scale, Scale<T> col_scale, Mask mask, T* row_max,
                   T* row_sum, T* col_max, T* col_sum, T* partials, int threads) {
-  (touches(mask, rows, cols) ? lse_tile<T, true> : lse_tile<T, false>)(c, rows, cols, row_scale, col_scale, mask,
-                                                                       row_max, row_sum, col_max, col_sum, partials,
-                                                                       threads);
-}
-
-template <class T, bool kMasked>
-FASTLOSS_INLINE auto grad_tile_for(bool columns, bool dots) {
-  if (columns) return dots ? grad_tile<T, kMasked, true, true> : grad_tile<T, kMasked, true, false>;
-  return dots ? grad_tile<T, kMasked, false, true> : grad_tile<T, kMasked, false, false>;
+  threads = useful_threads(rows, cols, threads);
+  const bool columns = col_scale.values != nullptr, shared = columns && same(row_scale, col_scale);
+  with_flag(touches(mask, rows, cols), [&](auto masked) {
+    auto run = [&](auto has_columns, auto is_shared) {
+      lse_tile<T, decltype(masked)::value, decltype(has_columns)::value, decltype(is_shared)::value>(
+          c, rows, cols, row_scale, col_scale, mask, row_max, row_sum, col_max, col_sum, partials, threads);
+    };
+    if (!columns)
+      run(Flag<false>(), Flag<false>());
+    else
+      with_flag(shared, [&](auto is_shared) { run(Flag<true>(), is_shared); });
+  });
 }
 
 template <class T>
-void grad_tile_any(const T* c, T* g, int64_t rows, int64_t cols, const T* row_scale, const T* row_shift,
-                   const T* row_weight, const T* col_scale, const T* col_shift, const T* col_weight, Mask mask,
+void grad_tile_any(const T* c, T* g, int64_t rows, int64_t cols, Scale<T> row_scale, const T* row_shift,
+                   const T* row_weight, Scale<T> col_scale, const T* col_shift, const T* col_weight, Mask mask,
                    T* row_dot, T* col_dot, T* partials, int threads) {
-  const bool columns = col_scale != nullptr, dots = row_dot != nullptr;
-  (touches(mask, rows, cols) ? grad_tile_for<T, true>(columns, dots) : grad_tile_for<T, false>(columns, dots))(
-      c, g, rows, cols, row_scale, row_shift, row_weight, col_scale, col_shift, col_weight, mask, row_dot, col_dot,
-      partials, threads);
+  threads = useful_threads(rows, cols, threads);
+  const bool columns = col_scale.values != nullptr, shared = columns && same(row_scale, col_scale);
+  with_flag(touches(mask, rows, cols), [&](auto masked) {
+    with_flag(row_dot != nullptr, [&](auto dots) {
+      auto run = [&](auto has_columns, auto is_shared) {
+        grad_tile<T, decltype(masked)::value, decltype(has_columns)::value, decltype(is_shared)::value,
+                  decltype(dots)::value>(c, g, rows, cols, row_scale, row_shift, row_weight, col_scale, col_shift,
+                                         col_weight, mask, row_dot, col_dot, partials, threads);
+      };
+      if (!columns)
+        run(Flag<false>(), Flag<false>());
+      else
+        with_flag(shared, [&](auto is_shared) { run(Flag<true>(), is_shared); });
+    });
+  });
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 
 #include "contrastive.h"
 #include "gaunt.h"
+#include "sliced.h"
+#include "spherical.h"
 
 namespace fastloss {
 namespace cpu {
@@ -13,6 +15,10 @@ namespace cpu {
 #define FASTLOSS_TABLES(X)                          \
   X(ContrastiveKernels<float>, contrastive_float)   \
   X(ContrastiveKernels<double>, contrastive_double) \
+  X(SphericalKernels<float>, spherical_float)       \
+  X(SphericalKernels<double>, spherical_double)     \
+  X(SlicedKernels<float>, sliced_float)             \
+  X(SlicedKernels<double>, sliced_double)           \
   X(GauntKernels<float>, gaunt_float)               \
   X(GauntKernels<double>, gaunt_double)
 

@@ -35,6 +35,7 @@ struct Lanes<float> {
                                      0.001340042817761583794,
                                      0.00015461444698569129083};
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  static constexpr float kWhole = 8388608.0f;   // 2^23: from here on every number is whole
   static constexpr int kMantissa = 23;
   static constexpr int32_t kOne = 0x3f800000;
   static constexpr float kLowest = -127.0f, kHighest = 128.0f;  // exponents whose bit patterns are 0 and infinity
@@ -64,6 +65,7 @@ struct Lanes<double> {
                                      4.4566753410492058782e-10,
                                      2.5733568308756891235e-11};
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kWhole = 4503599627370496.0;  // 2^52
   static constexpr int kMantissa = 52;
   static constexpr int64_t kOne = 0x3ff0000000000000;
   static constexpr double kLowest = -1023.0, kHighest = 1024.0;
@@ -124,25 +126,87 @@ FASTLOSS_INLINE T sum_of(Vec<T> v) {
   return s[0];
 }
 
-// 2^x. Exact zero below the smallest normal number, infinity above the largest, NaN for NaN.
+// 2^z in two parts, mantissa * 2^exponent with an integer exponent (infinite or NaN for such z).
 template <class T>
-FASTLOSS_INLINE Vec<T> exp2(Vec<T> x) {
+struct Pow2 {
+  Vec<T> mantissa, exponent;
+};
+
+template <class T>
+FASTLOSS_INLINE Vec<T> magnitude_of(Vec<T> x) {
+  return x < 0 ? -x : x;
+}
+
+#ifdef __AVX512F__
+// One instruction each; results are those of the general forms below (but for subnormal powers, which those flush).
+constexpr int kCurrentRounding = 4;
+FASTLOSS_INLINE Vec<float> nearest_here(Vec<float> z) {
+  return __builtin_ia32_rndscaleps_mask(z, 8, z, uint16_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<double> nearest_here(Vec<double> z) {
+  return __builtin_ia32_rndscalepd_mask(z, 8, z, uint8_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<float> scale_here(Vec<float> x, Vec<float> e) {
+  return __builtin_ia32_scalefps512_mask(x, e, x, uint16_t(-1), kCurrentRounding);
+}
+FASTLOSS_INLINE Vec<double> scale_here(Vec<double> x, Vec<double> e) {
+  return __builtin_ia32_scalefpd512_mask(x, e, x, uint8_t(-1), kCurrentRounding);
+}
+#endif
+
+// The integer nearest to z: adding kWhole leaves no fraction. Larger values have none.
+template <class T>
+FASTLOSS_INLINE Vec<T> nearest(Vec<T> z) {
+#ifdef __AVX512F__
+  return nearest_here(z);
+#else
+  const Vec<T> whole = splat<T>(Lanes<T>::kWhole);
+  const Vec<T> away = z < 0 ? -whole : whole;
+  return magnitude_of<T>(z) < whole ? (z + away) - away : z;
+#endif
+}
+
+// 2^(x * scale). The product enters the mantissa unrounded where the processor has a fused multiply-add; exponents are
+// exact, so that 2^(x * scale - shift) for an integer shift is the same number whatever the shift was.
+template <class T>
+FASTLOSS_INLINE Pow2<T> pow2_of_product(Vec<T> x, Vec<T> scale) {
   using L = Lanes<T>;
-  const Vec<T> low = splat<T>(L::kLowest), high = splat<T>(L::kHighest);
-  x = low > x ? low : x;
-  x = high < x ? high : x;
-  const Vec<T> shifted = x + L::kRound;
-  const Vec<T> f = x - (shifted - L::kRound);
+  const Vec<T> z = x * scale;
+  const Vec<T> n = nearest<T>(z);
+  Vec<T> f = x * scale - n;
+  f = magnitude_of<T>(z) >= L::kWhole ? Vec<T>{} : f;
   Vec<T> p = splat<T>(T(L::kExp2[L::kDegree]));
 #pragma GCC unroll 16
   for (int d = L::kDegree - 1; d >= 0; --d) p = p * f + T(L::kExp2[d]);
-  const Vec<T> scale = reinterpret_cast<Vec<T>>((reinterpret_cast<Bits<T>>(shifted) << L::kMantissa) + L::kOne);
-  return p * scale;
+  return {p, n};
 }
 
+// x.mantissa * 2^(x.exponent - shift). Exact zero below the smallest normal number, infinity above the largest.
 template <class T>
-FASTLOSS_INLINE T exp2_one(T x) {
-  return exp2<T>(splat<T>(x))[0];
+FASTLOSS_INLINE Vec<T> shifted_down(Pow2<T> x, Vec<T> shift) {
+#ifdef __AVX512F__
+  return scale_here(x.mantissa, x.exponent - shift);
+#else
+  using L = Lanes<T>;
+  const Vec<T> low = splat<T>(L::kLowest), high = splat<T>(L::kHighest);
+  Vec<T> e = x.exponent - shift;
+  e = low > e ? low : e;
+  e = high < e ? high : e;
+  const Vec<T> biased = e + L::kRound;
+  return x.mantissa * reinterpret_cast<Vec<T> >((reinterpret_cast<Bits<T> >(biased) << L::kMantissa) + L::kOne);
+#endif
+}
+
+// 2^x.
+template <class T>
+FASTLOSS_INLINE Vec<T> exp2(Vec<T> x) {
+  return shifted_down<T>(pow2_of_product<T>(x, splat<T>(1)), Vec<T>{});
+}
+
+// 2^x for an integer x.
+template <class T>
+FASTLOSS_INLINE T pow2_one(T x) {
+  return shifted_down<T>({splat<T>(1), splat<T>(x)}, Vec<T>{})[0];
 }
 
 }  // namespace

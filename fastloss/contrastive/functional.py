@@ -23,8 +23,13 @@ from fastloss._checks import (
     check_scalar_or_rows,
     check_size,
 )
-from fastloss.contrastive.ops import accumulation_dtype, nll, pair_nll, self_similarity_lse, similarity_lse
+from fastloss._ops import accumulation_dtype
+from fastloss.contrastive.ops import nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
+
+# nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: the calls that are saved
+# are worth more there. 512 rows at width 256, tried on two Zen 4 cores (no committed measurement).
+SMALL_SELF_SIMILARITY = 1 << 26
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +91,7 @@ def info_nce(
         O((B + M) D): the gradients, one tile of 2 MiB, blocks of 3072 D numbers, and up to 48 MiB of similarities
         kept for the backward pass. With "sum" or "mean", gradients of up to 32 MiB (in both directions: and
         similarities of up to 32 MiB) are found in the forward pass and held twice, with a panel of whole rows, at most
-        max(32 MiB, 512 (B + M) bytes) in float32.
+        32 MiB.
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
@@ -122,6 +127,12 @@ def info_nce(
         check_size(name, "extra_negatives", extra_negatives, 1, d, "the width of `query`")
         check_device(name, "extra_negatives", extra_negatives, "query", query)
     check_group(name, group)
+    if negative_keys is not None:
+        query, positive_key, negative_keys = _common_dtype(query, positive_key, negative_keys)
+    elif extra_negatives is not None:
+        query, positive_key, extra_negatives = _common_dtype(query, positive_key, extra_negatives)
+    else:
+        query, positive_key = _common_dtype(query, positive_key)
     scale = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True).reciprocal()
     if key_ids is not None and query_ids is None:
         raise ValueError(f"{name}: `query_ids` must be given with `key_ids`, got None")
@@ -133,7 +144,6 @@ def info_nce(
             if key_ids is None:
                 raise ValueError(f"{name}: `key_ids` must be given with `query_ids` and `negative_keys`, got None")
             key_ids = check_ids(name, "key_ids", key_ids, tuple(negative_keys.shape[:-1]), "query", query)
-        query, positive_key, negative_keys = _common_dtype(query, positive_key, negative_keys)
         positive = scale * _row_similarity(query, positive_key, normalize)
         if negative_keys.dim() == 2:
             negatives, _, _ = similarity_lse(
@@ -155,7 +165,6 @@ def info_nce(
             key_ids, extra_ids = key_ids[:b], key_ids[b:]
         else:
             key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
-    query, positive_key = _common_dtype(query, positive_key)
     if reduction != "none" and extra_negatives is None:
         total = pair_nll(
             query, positive_key, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize, symmetric=symmetric
@@ -174,7 +183,6 @@ def info_nce(
     positive = scale * diagonal
     if extra_negatives is not None:
         ids = None if extra_ids is None else query_ids
-        query, extra_negatives = _common_dtype(query, extra_negatives)
         extra, _, _ = similarity_lse(query, extra_negatives, scale, q_ids=ids, k_ids=extra_ids, normalize=normalize)
         row = _add_exp(row, extra)
     loss = nll(row, positive)
@@ -237,6 +245,7 @@ def clip_loss(
     _check_pair(name, "image_features", image_features, "text_features", text_features)
     check_group(name, group)
     b = len(image_features)
+    image_features, text_features = _common_dtype(image_features, text_features)
     scale = check_scalar_or_rows(name, "logit_scale", logit_scale, b, image_features, positive=False)
     if text_ids is not None and image_ids is None:
         raise ValueError(f"{name}: `image_ids` must be given with `text_ids`, got None")
@@ -247,7 +256,6 @@ def clip_loss(
     bias = None
     if logit_bias is not None:
         bias = check_scalar_or_rows(name, "logit_bias", logit_bias, 1, image_features, positive=False)
-    image_features, text_features = _common_dtype(image_features, text_features)
     if reduction == "none":
         row, col, diagonal = similarity_lse(
             image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
@@ -280,7 +288,7 @@ def nt_xent(
 
     A drop-in for lightly's ``NTXentLoss(temperature)(z0, z1)``, and the same as pytorch-metric-learning's
     ``SelfSupervisedLoss(NTXentLoss(temperature))(z0, z1)``. Each pair of the symmetric (2B, 2B) matrix is computed
-    once.
+    once, except in small batches, (2B)^2 D up to 2^26 and a scalar reduction, where calls count for more than flops.
 
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.
@@ -315,10 +323,22 @@ def nt_xent(
     b = len(z0)
     if isinstance(temperature, (int, float)) and abs(temperature) < 1e-8:
         raise ValueError(f"{name}: `temperature` must be at least 1e-8, got {temperature}")
+    z0, z1 = _common_dtype(z0, z1)
     scale = check_scalar_or_rows(name, "temperature", temperature, b, z0, positive=True).reciprocal()
     if ids is not None:
         ids = check_ids(name, "ids", ids, (b,), "z0", z0)
-    z0, z1 = _common_dtype(z0, z1)
+    if reduction != "none" and (2 * b) ** 2 * z0.shape[1] <= SMALL_SELF_SIMILARITY:
+        own = torch.arange(b, device=z0.device) if ids is None else ids
+        # Equal ids are left out but for the pair (i, i), which is (anchor, other view): also an anchor with itself.
+        total = pair_nll(
+            torch.cat((z0, z1)),
+            torch.cat((z1, z0)),
+            scale if scale.dim() == 0 else torch.cat((scale, scale)),
+            q_ids=torch.cat((own, own)),
+            k_ids=torch.cat((own, own)),
+            normalize=normalize,
+        )
+        return total if reduction == "sum" else total / (2 * b)
     within0 = self_similarity_lse(z0, scale, ids=ids, normalize=normalize)
     within1 = self_similarity_lse(z1, scale, ids=ids, normalize=normalize)
     row, col, diagonal = similarity_lse(

@@ -89,8 +89,11 @@ class ClipLoss(nn.Module):
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        use_horovod: bool = False,
     ) -> None:
         super().__init__()
+        if use_horovod:
+            raise ValueError("ClipLoss: `use_horovod` must be False, got True")
         if world_size != 1:
             raise ValueError(f"ClipLoss: `world_size` must be 1 in this version of fastloss, got {world_size}")
         self.local_loss = local_loss
@@ -129,6 +132,9 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(temperature, (Tensor, int, float)):
+            got = type(temperature).__name__
+            raise TypeError(f"NTXentLoss: `temperature` must be a float or a floating-point tensor, got {got}")
         if not isinstance(temperature, Tensor) and abs(temperature) < 1e-8:
             raise ValueError(f"NTXentLoss: `temperature` must be at least 1e-8, got {temperature}")
         if memory_bank_size != 0:

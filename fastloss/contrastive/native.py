@@ -25,6 +25,10 @@ def _mask_arguments(mask: Mask) -> tuple[int, int, int]:
     return diagonal, _address(mask.row_ids), _address(mask.col_ids)
 
 
+def _scale(scale: Tensor) -> tuple[int, bool]:
+    return scale.data_ptr(), scale.dim() == 0
+
+
 def _partials(c: Tensor, per_chunk: int) -> Tensor:
     """Scratch for the column sums of each chunk of rows; bounded by the tile: cols * rows / 32 * per_chunk."""
     chunks = -(-c.shape[0] // _C.CHUNK)
@@ -34,29 +38,30 @@ def _partials(c: Tensor, per_chunk: int) -> Tensor:
 class _Epilogue:
     def lse_tile(self, c: Tensor, row: Softmax, col: Softmax | None, mask: Mask) -> None:
         partials = None if col is None else _partials(c, 2)
-        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.max.data_ptr(), col.sum.data_ptr())
+        columns = (0, 0) if col is None else (col.max.data_ptr(), col.sum.data_ptr())
         _LSE_TILE[c.dtype](
             c.data_ptr(),
             *c.shape,
-            row.scale.data_ptr(),
-            columns[0],
+            *_scale(row.scale),
+            *((0, False) if col is None else _scale(col.scale)),
             *_mask_arguments(mask),
             row.max.data_ptr(),
             row.sum.data_ptr(),
-            columns[1],
-            columns[2],
+            *columns,
             _address(partials),
             torch.get_num_threads(),
         )
 
     def grad_tile(self, c: Tensor, out: Tensor, row: Gradient, col: Gradient | None, mask: Mask) -> None:
         partials = _partials(c, 1) if col is not None and col.dot is not None else None
-        columns = (0, 0, 0) if col is None else (col.scale.data_ptr(), col.shift.data_ptr(), col.weight.data_ptr())
+        columns = (0, False, 0, 0)
+        if col is not None:
+            columns = (*_scale(col.scale), col.shift.data_ptr(), col.weight.data_ptr())
         _GRAD_TILE[c.dtype](
             c.data_ptr(),
             out.data_ptr(),
             *c.shape,
-            row.scale.data_ptr(),
+            *_scale(row.scale),
             row.shift.data_ptr(),
             row.weight.data_ptr(),
             *columns,

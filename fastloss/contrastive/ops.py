@@ -14,17 +14,14 @@ similarities, which are kept; pair_nll 6MND; self_similarity_lse 4MMD.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._backends import implementation
-from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, WAITING_BYTES
-
-_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
+from fastloss._ops import LIBRARY, batch, define, distinct, needs_grad, once, runner, save_unseen
+from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES
 
 _SCHEMAS = {
     "similarity_lse_fwd": (
@@ -55,37 +52,7 @@ _SCHEMAS = {
 }
 
 
-def _kernel(name: str) -> Callable[..., Any]:
-    def run(first: Tensor, *args: Any) -> Any:
-        kernel = getattr(implementation("contrastive", first.device), name)
-        if not torch.is_autocast_enabled(first.device.type):
-            return kernel(first, *args)
-        # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
-        with torch.autocast(first.device.type, enabled=False):
-            return kernel(first, *args)
-
-    return run
-
-
-def _loop_over_batch(op: Any) -> Callable[..., Any]:
-    """vmap rule: one call an element; each is a large problem of its own."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        calls = [
-            op(*(x if dim is None else x.select(dim, b) for x, dim in zip(args, in_dims, strict=True)))
-            for b in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-    return rule
-
-
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    for _key in ("CPU", "CUDA", "XPU", "MPS"):
-        _LIBRARY.impl(_name, _kernel(_name), _key)
+define("contrastive", _SCHEMAS)
 
 _similarity_lse = torch.ops.fastloss.similarity_lse_fwd.default
 _similarity_lse_bwd = torch.ops.fastloss.similarity_lse_bwd.default
@@ -95,11 +62,7 @@ _self_similarity_lse = torch.ops.fastloss.self_similarity_lse_fwd.default
 _self_similarity_lse_bwd = torch.ops.fastloss.self_similarity_lse_bwd.default
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("fastloss::similarity_lse_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::similarity_lse_fwd", lib=LIBRARY)
 def _(q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep):  # type: ignore[no-untyped-def]
     m, n = q.shape[0], k.shape[0]
     new = row_scale.new_empty
@@ -107,7 +70,7 @@ def _(q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep):
     return new((m,)), new((columns,)), new((torch.sym_min(m, n),)), new((2, m)), new((2, columns)), new((keep,))
 
 
-@torch.library.register_fake("fastloss::similarity_lse_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::similarity_lse_bwd", lib=LIBRARY)
 def _(  # type: ignore[no-untyped-def]
     grad_row, grad_col, grad_diagonal, q, k, row_scale, col_scale, q_ids, k_ids, row_stats, col_stats, kept,
     normalize, drop_diagonal, need_q, need_k, need_scale,
@@ -121,7 +84,7 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.register_fake("fastloss::pair_nll_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::pair_nll_fwd", lib=LIBRARY)
 def _(q, k, scale, q_ids, k_ids, normalize, symmetric, need_q, need_k, need_scale):  # type: ignore[no-untyped-def]
     return (
         scale.new_empty(()),
@@ -131,7 +94,7 @@ def _(q, k, scale, q_ids, k_ids, normalize, symmetric, need_q, need_k, need_scal
     )
 
 
-@torch.library.register_fake("fastloss::pair_nll_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::pair_nll_bwd", lib=LIBRARY)
 def _(grad, q, k, scale, grad_q, grad_k, grad_scale):  # type: ignore[no-untyped-def]
     return (
         torch.empty_like(grad_q, dtype=q.dtype),
@@ -140,50 +103,17 @@ def _(grad, q, k, scale, grad_q, grad_k, grad_scale):  # type: ignore[no-untyped
     )
 
 
-@torch.library.register_fake("fastloss::self_similarity_lse_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::self_similarity_lse_fwd", lib=LIBRARY)
 def _(x, scale, ids, normalize):  # type: ignore[no-untyped-def]
     return scale.new_empty((x.shape[0],)), scale.new_empty((2, x.shape[0]))
 
 
-@torch.library.register_fake("fastloss::self_similarity_lse_bwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::self_similarity_lse_bwd", lib=LIBRARY)
 def _(grad, x, scale, ids, stats, normalize, need_x, need_scale):  # type: ignore[no-untyped-def]
     return (
         torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device),
         stats.new_empty((x.shape[0] if need_scale else 0,)),
     )
-
-
-class _Once(torch.autograd.Function):
-    """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fastloss: the contrastive losses have no second derivative (create_graph=True was asked for). "
-            "fastloss.reference.contrastive has the same losses in plain PyTorch, differentiable any number of times."
-        )
-
-
-def _once(op: Any, *args: Any) -> Any:
-    # Autograd enables gradients here only for create_graph=True (and torch.func always).
-    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
-
-
-def _save_unseen(ctx: Any, outputs: tuple[Tensor, ...]) -> None:
-    """Outputs that only the backward pass reads: autograd must not make gradients of zeros of their size."""
-    ctx.mark_non_differentiable(*outputs)
-    if not torch.compiler.is_compiling():  # Dynamo does not know the method; its graph drops unused zeros
-        ctx.set_materialize_grads(False)
 
 
 class _SimilarityLse(torch.autograd.Function):
@@ -196,19 +126,20 @@ class _SimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         q, k, row_scale, col_scale, q_ids, k_ids, ctx.normalize, ctx.drop_diagonal, _ = inputs
-        _save_unseen(ctx, output[3:])
+        save_unseen(ctx, output[3:])
         ctx.save_for_backward(q, k, row_scale, col_scale, q_ids, k_ids, *output[3:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        q, k, row_scale, col_scale = ctx.saved_tensors[:4]
+        saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor one time
+        q, k, row_scale, col_scale = saved[:4]
         lengths = (q.shape[0], 0 if col_scale is None else k.shape[0], torch.sym_min(q.shape[0], k.shape[0]))
         upstream = (
             row_scale.new_zeros((n,)) if grad is None else grad for grad, n in zip(grads[:3], lengths, strict=True)
         )
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
-        grad_q, grad_k, per_row, per_col = _once(
-            _similarity_lse_bwd, *upstream, *ctx.saved_tensors,
+        grad_q, grad_k, per_row, per_col = once(
+            "contrastive", _similarity_lse_bwd, *upstream, *saved,
             ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
         )  # fmt: skip
         return (
@@ -229,16 +160,17 @@ class _PairNll(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save_unseen(ctx, output[1:])
+        save_unseen(ctx, output[1:])
         ctx.save_for_backward(*inputs[:3], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 10
-        scale = ctx.saved_tensors[2]
+        saved = ctx.saved_tensors
+        scale = saved[2]
         need_q, need_k, need_scale = ctx.needs_input_grad[:3]
-        grad_q, grad_k, per_row = _once(_pair_nll_bwd, grad, *ctx.saved_tensors)
+        grad_q, grad_k, per_row = once("contrastive", _pair_nll_bwd, grad, *saved)
         return (
             grad_q if need_q else None,
             grad_k if need_k else None,
@@ -257,16 +189,17 @@ class _SelfSimilarityLse(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, scale, ids, ctx.normalize = inputs
-        _save_unseen(ctx, output[1:])
+        save_unseen(ctx, output[1:])
         ctx.save_for_backward(x, scale, ids, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
         if grad is None:
             return (None,) * 4
-        scale = ctx.saved_tensors[1]
+        saved = ctx.saved_tensors
+        scale = saved[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
-        grad_x, per_row = _once(_self_similarity_lse_bwd, grad, *ctx.saved_tensors, ctx.normalize, need_x, need_scale)
+        grad_x, per_row = once("contrastive", _self_similarity_lse_bwd, grad, *saved, ctx.normalize, need_x, need_scale)
         return (
             grad_x if need_x else None,
             (per_row if scale.dim() else per_row.sum()) if need_scale else None,
@@ -275,10 +208,7 @@ class _SelfSimilarityLse(torch.autograd.Function):
         )
 
 
-for _name in _SCHEMAS:
-    torch.library.register_vmap(
-        f"fastloss::{_name}", _loop_over_batch(getattr(torch.ops.fastloss, _name).default), lib=_LIBRARY
-    )
+batch(_SCHEMAS)
 
 
 def similarity_lse(
@@ -294,10 +224,10 @@ def similarity_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
     size = 8 if q.dtype == torch.float64 else 4
-    grad = any(_needs_grad(q, k, row_scale, col_scale))
+    grad = any(needs_grad(q, k, row_scale, col_scale))
     keep = torch.sym_min(q.shape[0] * k.shape[0], KEEP_BYTES // size) if grad else 0
-    k, col_scale, k_ids = _distinct(k, q), _distinct(col_scale, row_scale), _distinct(k_ids, q_ids)
-    row_lse, col_lse, diagonal, *_ = _run(_SimilarityLse, grad)(
+    k, col_scale, k_ids = distinct(k, q), distinct(col_scale, row_scale), distinct(k_ids, q_ids)
+    row_lse, col_lse, diagonal, *_ = runner(_SimilarityLse, grad)(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
     )
     return row_lse, col_lse, diagonal
@@ -314,13 +244,15 @@ def pair_nll(
     symmetric: bool = False,  # the mean of both directions; N = M
 ) -> Tensor:
     """() in the accumulation dtype; see the module's docstring."""
-    needs = _needs_grad(q, k, scale)
+    needs = needs_grad(q, k, scale)
     size = 8 if q.dtype == torch.float64 else 4
     fits = (needs[0] * q.numel() + needs[1] * k.numel()) * size <= WAITING_BYTES
     if symmetric:
         fits = fits and q.shape[0] * k.shape[0] * size <= PANEL_BYTES
+    else:
+        fits = fits and PANEL_ROWS * k.shape[0] * size <= PANEL_BYTES
     if any(needs) and fits:
-        k, k_ids = _distinct(k, q), _distinct(k_ids, q_ids)
+        k, k_ids = distinct(k, q), distinct(k_ids, q_ids)
         total: Tensor = _PairNll.apply(q, k, scale, q_ids, k_ids, normalize, symmetric, *needs)[0]
         return total
     row_lse, col_lse, diagonal = similarity_lse(
@@ -343,24 +275,6 @@ def nll(negatives: Tensor, positive: Tensor) -> Tensor:
     return F.softplus(negatives - positive, threshold=40)
 
 
-@overload
-def _distinct(x: Tensor, other: Tensor) -> Tensor: ...
-@overload
-def _distinct(x: Tensor | None, other: Tensor | None) -> Tensor | None: ...
-def _distinct(x: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """A view of x if it is `other`: Dynamo does not trace a Function that gets one tensor twice."""
-    return x.view_as(x) if x is not None and x is other else x
-
-
-def _run(function: type[torch.autograd.Function], grad: bool) -> Callable[..., Any]:
-    """What to call. Dynamo fails on a Function without a gradient; elsewhere an outer transform may still want one."""
-    return function.apply if grad or not torch.compiler.is_compiling() else function.forward
-
-
-def _needs_grad(*tensors: Tensor | None) -> list[bool]:
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-
-
 def self_similarity_lse(
     x: Tensor,  # (M, D)
     scale: Tensor,  # () or (M,), accumulation dtype
@@ -369,5 +283,5 @@ def self_similarity_lse(
     normalize: bool = False,
 ) -> Tensor:
     """(M,) in the accumulation dtype; see the module's docstring."""
-    result: Tensor = _run(_SelfSimilarityLse, any(_needs_grad(x, scale)))(x, scale, ids, normalize)[0]
+    result: Tensor = runner(_SelfSimilarityLse, any(needs_grad(x, scale)))(x, scale, ids, normalize)[0]
     return result

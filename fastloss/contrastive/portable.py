@@ -28,9 +28,14 @@ def _finite_or_zero(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), 0, x)
 
 
+def _along(x: Tensor, dim: int) -> Tensor:
+    """A vector of rows (dim = 1) or columns (0) that broadcasts over a tile; scalars do already."""
+    return x.unsqueeze(dim) if x.dim() else x
+
+
 def _accumulate(z: Tensor, state: Softmax, dim: int) -> None:
     """Adds the base-2 logits z, whose softmax runs over `dim`, to the online state. Overwrites z."""
-    top = torch.maximum(state.max, z.amax(dim))
+    top = torch.maximum(state.max, z.amax(dim).round_())
     shift = _finite_or_zero(top)  # all left out: -inf - 0, not -inf - -inf
     z.sub_(shift.unsqueeze(dim)).exp2_()
     state.sum.mul_((state.max - shift).exp2_()).add_(z.sum(dim))
@@ -42,9 +47,9 @@ class _Epilogue:
         if c.numel() == 0:
             return
         out = _left_out(c, mask)
-        for state, scale, dim in ((row, row.scale.unsqueeze(1), 1), (col, None if col is None else col.scale, 0)):
+        for state, dim in ((row, 1), (col, 0)):
             if state is not None:
-                z = c * cast(Tensor, scale)
+                z = c * _along(state.scale, dim)
                 _accumulate(z if out is None else z.masked_fill_(out, -math.inf), state, dim)
 
     def grad_tile(self, c: Tensor, out: Tensor, row: Gradient, col: Gradient | None, mask: Mask) -> None:
@@ -53,7 +58,7 @@ class _Epilogue:
         for state, dim in ((row, 1), (col, 0)):
             if state is None:
                 continue
-            p = (c * state.scale.unsqueeze(dim)).sub_(state.shift.unsqueeze(dim)).exp2_()
+            p = (c * _along(state.scale, dim)).sub_(state.shift.unsqueeze(dim)).exp2_()
             if left_out is not None:
                 p.masked_fill_(left_out, 0)
             if state.dot is not None:

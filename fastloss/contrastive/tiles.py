@@ -19,8 +19,7 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 NORM_EPS = 1e-12  # torch.nn.functional.normalize's
 
-# Of twelve shapes from 256x256 to 2048x2048, 1024x512 was the fastest over all products at 8192x8192, D=512 (MKL, two
-# Zen 4 cores), in the quieter of two noisy runs; 2 MiB of scratch stay in the L2/L3 caches.
+# 2 MiB of scratch stay in the L2/L3 caches between the product and the epilogue.
 TILE_ROWS = 1024
 TILE_COLS = 512
 # A self-similarity is covered by square tiles on and above the diagonal; small ones waste less on the diagonal.
@@ -43,23 +42,37 @@ class Mask(NamedTuple):
     col_ids: Tensor | None  # (cols,)
 
 
+def per_row(x: Tensor, part: slice) -> Tensor:
+    """The part of a vector, or a scalar that serves all rows."""
+    return x if x.dim() == 0 else x[part]
+
+
 @dataclass
 class Softmax:
-    """One direction's state in base 2: per row (or column) the scale, and the online maximum and sum."""
+    """One direction's state in base 2: the scale, and per row (or column) the online maximum and sum.
 
-    scale: Tensor  # (n,)
-    max: Tensor  # (n,)
-    sum: Tensor  # (n,)
+    The maximum is that of the logits rounded to integers: 2^(z - max) only moves the exponent of 2^z. Of both
+    directions of a square matrix, `max` and `sum` are the rows of (2, n) tensors.
+    """
+
+    scale: Tensor  # () or (n,), contiguous
+    max: Tensor  # (n,) or (2, n)
+    sum: Tensor  # (n,) or (2, n)
 
     @classmethod
-    def start(cls, scale: Tensor, n: int) -> Softmax:
-        return cls((scale * LOG2_E).expand(n).contiguous(), scale.new_full((n,), -math.inf), scale.new_zeros((n,)))
+    def start(cls, scale: Tensor, *shape: int) -> Softmax:
+        state = scale.new_zeros((2, *shape))
+        state[0].fill_(-math.inf)
+        return cls((scale * LOG2_E).contiguous(), state[0], state[1])
 
     def __getitem__(self, part: slice) -> Softmax:
-        return Softmax(self.scale[part], self.max[part], self.sum[part])
+        return Softmax(per_row(self.scale, part), self.max[part], self.sum[part])
+
+    def direction(self, which: int) -> Softmax:
+        return Softmax(self.scale, self.max[which], self.sum[which])
 
     def stats(self) -> Tensor:
-        """(2, n): the shift, and one over the sum of 2^(z - shift), 0 for rows whose pairs are all left out.
+        """(2, n) or (2, 2, n): the shift, and one over the sum of 2^(z - shift), 0 where all pairs are left out.
 
         The backward pass repeats exactly these exponentials.
         """
@@ -69,7 +82,7 @@ class Softmax:
 
     def lse(self) -> Tensor:
         """Natural log-sum-exp; -inf where nothing was seen."""
-        return (self.max + self.sum.log2()) / LOG2_E
+        return self.sum.log2().add_(self.max).mul_(1 / LOG2_E)
 
 
 @dataclass
@@ -80,25 +93,27 @@ class Gradient:
     where 2^(z - lse) would carry the rounding of lse, |lse| times that of one.
     """
 
-    scale: Tensor  # (n,)
+    scale: Tensor  # () or (n,)
     shift: Tensor  # (n,)
     weight: Tensor  # (n,)  upstream gradient times the natural scale, over the sum
     dot: Tensor | None  # (n,)
 
     @classmethod
     def start(cls, scale: Tensor, stats: Tensor, upstream: Tensor, need_dot: bool) -> Gradient:
-        n = upstream.shape[0]
         return cls(
-            (scale * LOG2_E).expand(n).contiguous(),
+            (scale * LOG2_E).contiguous(),
             stats[0],
             upstream * scale * stats[1],
-            upstream.new_zeros((n,)) if need_dot else None,
+            torch.zeros_like(upstream) if need_dot else None,
         )
 
     def __getitem__(self, part: slice) -> Gradient:
-        return Gradient(
-            self.scale[part], self.shift[part], self.weight[part], None if self.dot is None else self.dot[part]
-        )
+        dot = None if self.dot is None else self.dot[part]
+        return Gradient(per_row(self.scale, part), self.shift[part], self.weight[part], dot)
+
+    def direction(self, which: int) -> Gradient:
+        dot = None if self.dot is None else self.dot[which]
+        return Gradient(self.scale, self.shift[which], self.weight[which], dot)
 
     def without_dot(self) -> Gradient:
         """The same inputs; the dots go to a buffer of their own, which is dropped."""
@@ -254,7 +269,9 @@ def lse_backward(
     dtype = left.dtype
     empty = row_stats.new_empty((0,))
     grad_q = torch.empty(q.shape if need_q else (0,), dtype=q.dtype, device=q.device)
-    grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
+    grad_k = torch.empty(k.shape if need_k else (0,), dtype=dtype, device=k.device)
+    if m == 0:
+        grad_k.zero_()
     block_grad = grad_q if q.dtype == dtype else row_stats.new_empty((min(m, TILE_ROWS), q.shape[1]))
     scratch = row_stats.new_empty((min(m, TILE_ROWS) * min(n, TILE_COLS),))
     for i in blocks(m, TILE_ROWS):
@@ -274,7 +291,7 @@ def lse_backward(
             if need_q:
                 torch.addmm(dq, g, k_block, beta=0 if j.start == 0 else 1, out=dq)
             if need_k:
-                grad_k[j].addmm_(g.t(), q_block)
+                torch.addmm(grad_k[j], g.t(), q_block, beta=0 if i.start == 0 else 1, out=grad_k[j])
         if need_q:
             left.finish(dq, i, q_block)
             if q.dtype != dtype:
@@ -371,56 +388,55 @@ def pair_nll(
     height = max(m, 1) if symmetric else max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
     left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS)
     dtype = left.dtype
-    state = Softmax.start(scale, m)
-    columns = Softmax.start(scale, n) if symmetric else None
-    share = 0.5 if symmetric else 1.0
-    empty = state.max.new_empty((0,))
-    total = state.max.new_zeros(())
+    directions = 2 if symmetric else 1
+    empty = scale.new_empty((0,))
+    totals = []
     grad_q = torch.empty(q.shape if need_q else (0,), dtype=dtype, device=q.device)
-    grad_k = torch.zeros(k.shape if need_k else (0,), dtype=dtype, device=k.device)
-    grad_scale = state.max.new_empty((m if need_scale else 0,))
-    panel = state.max.new_empty((min(m, height) * n,))
+    grad_k = torch.empty(k.shape if need_k else (0,), dtype=dtype, device=k.device)
+    grad_scale = scale.new_empty((m if need_scale else 0,))
+    panel = scale.new_empty((min(m, height) * n,))
     for i in blocks(m, height):
         q_block = left[i]
         rows = slice(0, i.stop - i.start)
         dq = grad_q[i] if need_q else empty
-        diagonal = state.max.new_empty((rows.stop,))
+        row_scale = per_row(scale, i)
+        state = Softmax.start(row_scale, directions, rows.stop)
+        row, col = state.direction(0), state.direction(1) if symmetric else None
+        diagonal = scale.new_empty((rows.stop,))
         for j in blocks(n, TILE_COLS):
             c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, rows.stop * j.start))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
-            epilogue.lse_tile(c, state[i], columns and columns[j], _mask(True, i, j, q_ids, k_ids))
-        row_scale = scale if scale.dim() == 0 else scale[i]
-        positive = row_scale * diagonal
-        gradients, slope = [], torch.zeros_like(diagonal)
-        for softmax in (state[i],) if columns is None else (state[i], columns):
-            margin = softmax.lse() - positive
-            total += share * torch.nn.functional.softplus(margin, threshold=40).sum()
-            upstream, stats = share * margin.sigmoid(), softmax.stats()
-            slope += upstream
-            gradients.append((Gradient.start(row_scale, stats, upstream, need_scale), upstream, stats))
-        row, col = gradients[0][0], gradients[1][0] if symmetric else None
+            epilogue.lse_tile(c, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
+        margin = state.lse().sub_(row_scale * diagonal)
+        totals.append(torch.nn.functional.softplus(margin, threshold=40).sum())
+        upstream, stats = margin.sigmoid_().mul_(1 / directions), state.stats()
+        gradient = Gradient.start(row_scale, stats, upstream, need_scale)
+        row_grad, col_grad = gradient.direction(0), gradient.direction(1) if symmetric else None
+        slope = upstream.sum(0)
         weight = slope * row_scale
         for j in blocks(n, TILE_COLS):
             g = _tile(panel, rows, j, rows.stop * j.start)
-            epilogue.grad_tile(g, g, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
+            epilogue.grad_tile(g, g, row_grad, col_grad and col_grad[j], _mask(True, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 g.diagonal(offset).sub_(weight[both.start - i.start : both.stop - i.start])
             if need_q:
                 torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
             if need_k:
-                grad_k[j].addmm_(g.t(), q_block)
+                torch.addmm(grad_k[j], g.t(), q_block, beta=0 if i.start == 0 else 1, out=grad_k[j])
         if need_scale:
-            expected = [direction.scale_grad(upstream, stats) for direction, upstream, stats in gradients]
-            grad_scale[i] = sum(expected) - slope * diagonal
+            torch.sub(gradient.scale_grad(upstream, stats).sum(0), slope * diagonal, out=grad_scale[i])
         if need_q:
             left.finish(dq, i, q_block)
     if need_k:
-        for j in blocks(n, TILE_COLS):
-            right.finish(grad_k[j], j, right[j] if normalize else empty)
-    return total, grad_q, grad_k, grad_scale
+        if m == 0:
+            grad_k.zero_()
+        for j in blocks(n, TILE_COLS) if normalize else ():
+            right.finish(grad_k[j], j, right[j])
+    total = torch.stack(totals).sum() if totals else scale.new_zeros(())
+    return total / directions, grad_q, grad_k, grad_scale
 
 
 def pair_nll_backward(

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from fastloss._ops import LIBRARY
 from fastloss.gaunt import tables
 from fastloss.gaunt.tables import NORMALIZATIONS
 
-_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
-_LIBRARY.define("gaunt_table(str kind, int[] arguments, ScalarType dtype, Device device) -> Tensor")
+LIBRARY.define("gaunt_table(str kind, int[] arguments, ScalarType dtype, Device device) -> Tensor")
 
 
 def _build(kind: str, arguments: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -29,10 +29,10 @@ def _build(kind: str, arguments: list[int], dtype: torch.dtype, device: torch.de
 
 
 # A copy, since the graph may write into the results of its ops.
-_LIBRARY.impl("gaunt_table", lambda *arguments: _build(*arguments).clone(), "CompositeExplicitAutograd")
+LIBRARY.impl("gaunt_table", lambda *arguments: _build(*arguments).clone(), "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastloss::gaunt_table", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::gaunt_table", lib=LIBRARY)
 def _(kind, arguments, dtype, device):  # type: ignore[no-untyped-def]
     with unset_fake_temporarily():
         real = _build(kind, arguments, dtype, device)

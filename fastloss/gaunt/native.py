@@ -25,7 +25,7 @@ def _call(in_degrees: tuple[int, ...], program: Program, dtype: torch.dtype) -> 
     return call, ring, call.scratch()
 
 
-def ring(inputs: list[Tensor], program: Program, channels_last: bool) -> list[Tensor]:
+def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool) -> list[Tensor]:
     x = [t.contiguous() for t in inputs]
     first = x[0]
     call, tables, scratch = _call(tuple(degree_of(t, channels_last) for t in x), program, first.dtype)

@@ -18,31 +18,23 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from fastloss._backends import implementation
+from fastloss._ops import LIBRARY, define
 from fastloss.gaunt import program as programs
 from fastloss.gaunt.program import Program, degree_of
 
-_LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
 _SCHEMAS = {"gaunt_ring_fwd": "(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last) -> Tensor[]"}
-_LIBRARY.define("gaunt_ring_fwd" + _SCHEMAS["gaunt_ring_fwd"])
+
+
+def _prepare(_: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    inputs, out_degrees, terms, channels_last = args
+    return inputs, programs.parse(out_degrees, terms), channels_last
+
+
+define("gaunt", _SCHEMAS, _prepare)
 _op = torch.ops.fastloss.gaunt_ring_fwd.default
 
 
-def _kernel(inputs: list[Tensor], out_degrees: list[int], terms: list[int], channels_last: bool) -> list[Tensor]:
-    program = programs.parse(out_degrees, terms)
-    device = inputs[0].device
-    run = implementation("gaunt", device).ring
-    if not torch.is_autocast_enabled(device.type):
-        return list(run(inputs, program, channels_last))
-    with torch.autocast(device.type, enabled=False):
-        return list(run(inputs, program, channels_last))
-
-
-for _key in ("CPU", "CUDA", "XPU", "MPS"):
-    _LIBRARY.impl("gaunt_ring_fwd", _kernel, _key)
-
-
-@torch.library.register_fake("fastloss::gaunt_ring_fwd", lib=_LIBRARY)
+@torch.library.register_fake("fastloss::gaunt_ring_fwd", lib=LIBRARY)
 def _(inputs, out_degrees, terms, channels_last):  # type: ignore[no-untyped-def]
     first = inputs[0]
     tail = (first.shape[2],) if channels_last else ()
@@ -60,7 +52,7 @@ def _vmap(info: Any, in_dims: Any, inputs: Any, out_degrees: Any, terms: Any, ch
     return [y.unflatten(0, (size, -1)) for y in out], [0] * len(out)
 
 
-torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=_LIBRARY)
+torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=LIBRARY)
 
 
 class _Ring(torch.autograd.Function):
@@ -133,7 +125,7 @@ def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], ch
         return list(apply(program, channels_last, *inputs))
 
 
-_LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
+LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
 
 
 def multiply(inputs: list[Tensor], factors: Sequence[int], degree: int, *, channels_last: bool = False) -> Tensor:

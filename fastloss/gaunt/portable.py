@@ -38,7 +38,7 @@ def _ring(inputs: list[Tensor], program: Program, degrees: list[int], total: int
     return results
 
 
-def ring(inputs: list[Tensor], program: Program, channels_last: bool) -> list[Tensor]:
+def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool) -> list[Tensor]:
     degrees = [degree_of(x, channels_last) for x in inputs]
     shape = inputs[0].shape
     if channels_last:

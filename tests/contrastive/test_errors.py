@@ -234,3 +234,21 @@ class TestUseBackend:
     def test_names_are_those_of_backends(self) -> None:
         assert set(fastloss.backends()) == {"native", "portable"}
         assert fastloss.backends()["portable"].startswith("available")
+
+
+def test_clip_loss_module_takes_open_clips_arguments() -> None:
+    arguments = {"local_loss": False, "gather_with_grad": False, "cache_labels": True, "rank": 0, "world_size": 1}
+    assert isinstance(fastloss.ClipLoss(**arguments, use_horovod=False), torch.nn.Module)
+    with pytest.raises(ValueError, match="`use_horovod` must be False"):
+        fastloss.ClipLoss(use_horovod=True)
+
+
+def test_wrong_types_name_the_argument() -> None:
+    with pytest.raises(
+        TypeError, match="NTXentLoss: `temperature` must be a float or a floating-point tensor, got str"
+    ):
+        fastloss.NTXentLoss("a")
+    with pytest.raises(TypeError, match="info_nce: `group` must be None or a process group, got str"):
+        fastloss.info_nce(torch.eye(3), torch.eye(3), group="x")
+    with pytest.raises(ValueError, match="`temperature` must be finite and positive"):
+        fastloss.info_nce(torch.eye(3), torch.eye(3), temperature=1e-46)

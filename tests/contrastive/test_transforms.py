@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastloss
+from fastloss.contrastive.ops import pair_nll
 from tests.contrastive.problems import REDUCED, VARIANTS, Problem, evaluate, make_problem, upstream_of
-from tests.support import assert_equal_to_rounding
+from tests.support import assert_equal_to_rounding, peak_bytes
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -288,3 +289,56 @@ def test_learned_temperature_gets_a_gradient(module: type[nn.Module]) -> None:
     q, k, _ = make_problem("info_nce").tensors.values()
     loss(q, k).backward()
     assert float(temperature.grad) != 0
+
+
+CALLS = {
+    "info_nce": lambda a, b, reduction: fastloss.info_nce(a, b, reduction=reduction),
+    "clip_loss": lambda a, b, reduction: fastloss.clip_loss(a, b, 5.0, reduction=reduction),
+    "nt_xent": lambda a, b, reduction: fastloss.nt_xent(a, b, reduction=reduction),
+}
+every_call = pytest.mark.parametrize("name", list(CALLS))
+
+
+@every_call
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_activation_checkpointing_gives_the_same_gradient(name: str, reduction: str) -> None:
+    q = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    k = torch.randn(12, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = CALLS[name](q, k, reduction).sum()
+    kept = torch.utils.checkpoint.checkpoint(CALLS[name], q, k, reduction, use_reentrant=False).sum()
+    assert torch.equal(torch.autograd.grad(kept, q)[0], torch.autograd.grad(plain, q)[0])
+
+
+@every_call
+def test_the_widest_dtype_wins_whichever_comes_first(name: str) -> None:
+    narrow = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    wide = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double()
+    for reduction in ("mean", "none"):
+        expected = CALLS[name](narrow.double(), wide, reduction)
+        assert torch.equal(CALLS[name](narrow, wide, reduction), expected)
+        assert CALLS[name](wide, narrow, reduction).dtype == torch.float64
+
+
+def test_extra_negatives_of_a_wider_dtype_widen_the_loss() -> None:
+    q, extra = torch.randn(6, 4), torch.randn(3, 4).double()
+    expected = fastloss.info_nce(q.double(), q.double(), extra_negatives=extra)
+    assert torch.equal(fastloss.info_nce(q, q, extra_negatives=extra), expected)
+    expected = fastloss.info_nce(q.double(), q.double(), extra)
+    assert torch.equal(fastloss.info_nce(q, q, extra), expected)
+
+
+def test_a_temperature_schedule_compiles_without_a_graph_break() -> None:
+    q, k = torch.randn(8, 4), torch.randn(8, 4)
+    compiled = torch.compile(lambda q, k, t: fastloss.info_nce(q, k, temperature=t), fullgraph=True, backend="eager")
+    for temperature in (0.1, 0.2, 0.3):
+        assert torch.equal(compiled(q, k, temperature), fastloss.info_nce(q, k, temperature=temperature))
+    dynamic = torch.compile(fastloss.NTXentLoss(0.1), fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(dynamic(q, k), fastloss.nt_xent(q, k, 0.1))
+
+
+def test_many_keys_keep_the_memory_of_one_direction_bounded() -> None:
+    """128 rows of them would take 195 MiB of float32: no panel of whole rows, but tiles and 48 MiB of similarities."""
+    q, k = torch.randn(130, 1, requires_grad=True), torch.randn(400_000, 1, requires_grad=True)
+    tile, vectors = 1024 * 512 * 4 * 9 // 8, 8 * 4 * len(k)
+    allowed = (48 << 20) + tile + vectors
+    assert peak_bytes(lambda: pair_nll(q, k, torch.tensor(5.0)).backward()) <= allowed < 4 * 128 * len(k)

@@ -1,0 +1,119 @@
+"""What the ops of all families share: registration, batching, and the rules of their autograd Functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss._backends import implementation
+
+LIBRARY = torch.library.Library("fastloss", "FRAGMENT")
+
+
+Prepare = Callable[[str, tuple[Any, ...]], tuple[Any, ...]]
+
+
+def define(family: str, schemas: Mapping[str, str], prepare: Prepare | None = None) -> None:
+    """Defines the ops, and for every device a kernel that looks up the family's implementation.
+
+    `prepare`, of an op's name and arguments, gives those of the implementation; it may raise.
+    """
+    for name, schema in schemas.items():
+        LIBRARY.define(name + schema)
+        for key in ("CPU", "CUDA", "XPU", "MPS"):
+            LIBRARY.impl(name, _kernel(family, name, prepare), key)
+
+
+def _kernel(family: str, name: str, prepare: Prepare | None) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        if prepare is not None:
+            args = prepare(name, args)
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        device = first.device
+        kernel = getattr(implementation(family, device), name)
+        if not torch.is_autocast_enabled(device.type):
+            return kernel(*args)
+        # An autocast region's dtype is for the user's layers; the products in here stay in the accumulation dtype.
+        with torch.autocast(device.type, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
+def batch(names: Iterable[str]) -> None:
+    """Registers the vmap rule of the ops: one call an element; each is a large problem of its own."""
+    for name in names:
+        torch.library.register_vmap(
+            f"fastloss::{name}", _loop_over_batch(getattr(torch.ops.fastloss, name).default), lib=LIBRARY
+        )
+
+
+def _loop_over_batch(op: Any) -> Callable[..., Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        calls = [
+            op(*(x if dim is None else x.select(dim, b) for x, dim in zip(args, in_dims, strict=True)))
+            for b in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
+
+    return rule
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_second_derivative(family: str) -> RuntimeError:
+    return RuntimeError(
+        f"fastloss: the {family} losses have no second derivative (create_graph=True was asked for). "
+        f"fastloss.reference.{family} has the same losses in plain PyTorch, differentiable any number of times."
+    )
+
+
+class _Once(torch.autograd.Function):
+    """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(family: str, op: Any, *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.family = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise no_second_derivative(ctx.family)
+
+
+def once(family: str, op: Any, *args: Any) -> Any:
+    # Autograd enables gradients here only for create_graph=True (and torch.func always).
+    return _Once.apply(family, op, *args) if torch.is_grad_enabled() else op(*args)
+
+
+def save_unseen(ctx: Any, outputs: tuple[Tensor, ...]) -> None:
+    """Outputs that only the backward pass reads: autograd must not make gradients of zeros of their size."""
+    ctx.mark_non_differentiable(*outputs)
+    if not torch.compiler.is_compiling():  # Dynamo does not know the method; its graph drops unused zeros
+        ctx.set_materialize_grads(False)
+
+
+def needs_grad(*tensors: Tensor | None) -> list[bool]:
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+
+
+def runner(function: type[torch.autograd.Function], grad: bool) -> Callable[..., Any]:
+    """What to call. Dynamo fails on a Function without a gradient; elsewhere an outer transform may still want one."""
+    return function.apply if grad or not torch.compiler.is_compiling() else function.forward
+
+
+def distinct(x: Tensor | None, other: Tensor | None) -> Any:
+    """A view of x if it is `other`: Dynamo does not trace a Function that gets one tensor twice."""
+    return x.view_as(x) if x is not None and x is other else x

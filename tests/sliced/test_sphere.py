@@ -1,0 +1,81 @@
+"""The spherical distances against POT and the reference."""
+
+from __future__ import annotations
+
+import ot
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from tests import support
+
+
+def assert_equal_to_rounding(actual: Tensor, expected: Tensor, **options: float) -> None:
+    support.assert_equal_to_rounding(actual.detach(), expected.detach(), **options)
+
+
+def sphere(n: int, seed: int, d: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    return torch.nn.functional.normalize(x, dim=1).requires_grad_()
+
+
+def weights(n: int, seed: int) -> Tensor:
+    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).softmax(0)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sphere_is_the_reference_and_pot(p: int, weighted: bool) -> None:
+    x, y = sphere(13, 0), sphere(9, 1)
+    ab = (weights(13, 2), weights(9, 3)) if weighted else (None, None)
+    value, log = fastloss.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4, log=True)
+    want, expected = fastloss.reference.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4, log=True)
+    assert_equal_to_rounding(value.detach(), want.detach(), terms=1000)
+    assert_equal_to_rounding(log["projected_emds"].detach(), expected["projected_emds"].detach(), terms=1000)
+    peer = ot.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4)
+    assert abs(float((value - peer).detach())) < 1e-6  # POT stops its search at 1e-6
+    if p > 1:  # at p = 1 the best shift is an interval, and any of its ends a subgradient
+        for g, w in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(want, (x, y)), strict=True):
+            assert_equal_to_rounding(g, w, terms=4000)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_uniform_is_the_reference_and_pot(weighted: bool) -> None:
+    x = sphere(40, 0)
+    a = weights(40, 2) if weighted else None
+    value = fastloss.sliced_wasserstein_sphere_unif(x, a, seed=4)
+    want = fastloss.reference.sliced_wasserstein_sphere_unif(x, a, seed=4)
+    assert_equal_to_rounding(value.detach(), want.detach(), terms=400)
+    for g, w in zip(torch.autograd.grad(value, x), torch.autograd.grad(want, x), strict=True):
+        assert_equal_to_rounding(g, w, terms=4000)
+    if a is None:  # POT leaves weights in the order of the points while it sorts the points
+        peer = ot.sliced_wasserstein_sphere_unif(x, seed=4)
+        assert_equal_to_rounding(value.detach(), peer.detach(), terms=4000)
+
+
+def test_identical_clouds_give_zero_and_gradient_zero() -> None:
+    x = sphere(20, 0)
+    value = fastloss.sliced_wasserstein_sphere(x, x.detach(), seed=1)
+    (grad,) = torch.autograd.grad(value, x)
+    assert float(value.detach()) < 1e-6
+    assert bool(grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["sliced_wasserstein_sphere", "sliced_wasserstein_sphere_unif"])
+def test_errors(name: str) -> None:
+    x = sphere(4, 0).detach()
+    clouds = (x, x) if name == "sliced_wasserstein_sphere" else (x,)
+    function = getattr(fastloss, name)
+    with pytest.raises(ValueError, match=r"`X_s` must consist of unit vectors \(to 1e-4\), got others"):
+        function(2 * x, *clouds[1:])
+    with pytest.raises(ValueError, match=r"`projections` must be a tensor of shape \(L, 3, 2\), got \(3, 5\)"):
+        function(*clouds, projections=torch.ones(3, 5))
+    with pytest.raises(TypeError, match=r"`seed` must be None, an int or a torch\.Generator, got str"):
+        function(*clouds, seed="a")
+    with pytest.raises(ValueError, match="`a` must sum to one"):
+        function(*clouds, a=torch.ones(4))
+    line = torch.ones(4, 1)
+    with pytest.raises(ValueError, match="`X_s` must have at least two dimensions"):
+        function(*(line for _ in clouds))

@@ -1,0 +1,321 @@
+"""FactoredOutput against the dense layer and torch's SGD; errors leave the state as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from fastloss import FactoredOutput, FactoredSGD, reference
+from fastloss.spherical import modules
+
+
+def share_of_squares(a: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    return (q + 0.1 * s.square() + 1).log() - (a.square() + 0.5).log()
+
+
+LOSSES = ["z", "spherical", "taylor", "mse", share_of_squares]
+
+
+def pair(
+    loss: Any = "z", bias: bool = True, width: int = 5, classes: int = 30, eps: float | None = None, **options: Any
+) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(width, classes, bias=bias, dtype=torch.float64)
+    layer = FactoredOutput.from_linear(linear, loss=loss, eps=eps, **options)
+    return layer, reference.FactoredOutput(linear, loss, eps=eps)
+
+
+def assert_same_weight(layer: FactoredOutput, dense: Any, rtol: float) -> None:
+    for ours, theirs in ((layer.weight(), dense.linear.weight), (layer.bias(), dense.linear.bias)):
+        if theirs is None:
+            assert ours is None
+        else:
+            assert ours is not None
+            error = float((ours - theirs.detach()).norm() / theirs.detach().norm())
+            assert error < rtol, error
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x if isinstance(x, str) else "callable")
+def test_follows_linear_and_sgd(loss: Any, targets: int, bias: bool) -> None:
+    # the default eps lets gradients of 1000 / C through, which part any two runs
+    layer, dense = pair(loss, bias, eps=0.01 if loss == "spherical" else None, accumulate=True)
+    lr = 0.01
+    theirs = torch.optim.SGD(dense.parameters(), lr=lr, weight_decay=0.1)
+    ours = FactoredSGD(layer, lr=lr, weight_decay=0.1)
+    schedules = [torch.optim.lr_scheduler.StepLR(o, 10, 0.5) for o in (ours, theirs)]
+    for _ in range(30):
+        theirs.zero_grad()
+        for _ in range(2):
+            x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+            y = torch.randint(3, (4,) if targets == 1 else (4, targets))  # classes repeat
+            w = None if targets == 1 else torch.rand(4, targets, dtype=torch.float64)
+            value, expected = layer(x, y, w), dense(x, y, w)
+            torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+            (g_expected,) = torch.autograd.grad(expected, x, retain_graph=True)
+            expected.backward(inputs=list(dense.parameters()))
+            value.backward()
+            torch.testing.assert_close(x.grad, g_expected, rtol=1e-9, atol=1e-11)
+        theirs.step()
+        ours.step()
+        for schedule in schedules:
+            schedule.step()
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] == lr / 8
+    assert_same_weight(layer, dense, 1e-10)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_long_runs_are_stabilised(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions of U shrink to 1e-50 (by decay) or grow apart (by the loss); the weight follows the dense one."""
+    monkeypatch.setattr(modules, "CHECK_EVERY", 8)
+    layer, dense = pair("mse", max_scale=4.0, refresh_every=100)
+    lr = 0.02 if decay else 0.05
+    theirs = torch.optim.SGD(dense.parameters(), lr=lr, weight_decay=decay)
+    for _ in range(400):
+        x, y = torch.randn(4, 5, dtype=torch.float64) * torch.tensor([1.5, 1, 1, 0.1, 0.1]), torch.randint(6, (4,))
+        theirs.zero_grad()
+        dense(x, y).backward()
+        theirs.step()
+        layer(x, y).backward()
+        layer.step(lr, decay)
+    assert layer.stabilisations > 0
+    assert layer.moved_directions >= layer.stabilisations
+    s = torch.linalg.svdvals(layer.u)
+    assert 1e-2 < float(s.min()) <= float(s.max()) < 1e2
+    assert_same_weight(layer, dense, 1e-10)
+
+
+def test_a_step_that_makes_u_singular() -> None:
+    layer, dense = pair("mse", bias=False, width=2, classes=4)
+    x, y = torch.eye(2, dtype=torch.float64), torch.tensor([0, 2])
+    theirs = torch.optim.SGD(dense.parameters(), lr=1.0)
+    for _ in range(2):
+        theirs.zero_grad()
+        dense(x, y).backward()
+        theirs.step()
+        layer(x, y).backward()
+        layer.step(1.0)
+    assert layer.moved_directions >= 2
+    assert_same_weight(layer, dense, 1e-12)
+
+
+@pytest.mark.parametrize("loss", ["z", "spherical", "taylor", "mse"])
+def test_losses_are_those_of_the_functions(loss: str) -> None:
+    layer, dense = pair(loss)
+    function = getattr(
+        fastloss, "linear_" + {"mse": "one_hot_mse"}.get(loss, loss + "_softmax" * (loss != "z")) + "_loss"
+    )
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.randint(30, (8,))
+    expected = function(x, dense.linear.weight, y, dense.linear.bias)
+    torch.testing.assert_close(layer(x, y), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dense(x, y), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_shifted_logits_in_float32() -> None:
+    _, dense = pair("z")
+    with torch.no_grad():
+        dense.linear.bias += 10_000
+        dense.linear.float()
+    layer = FactoredOutput.from_linear(dense.linear)
+    dense.linear.double()
+    x, y = torch.randn(8, 5, requires_grad=True), torch.randint(30, (8,))
+    exact = x.detach().double().requires_grad_()
+    loss, expected = layer(x, y), dense(exact, y)
+    loss.backward()
+    expected.backward()
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert float((x.grad - exact.grad).norm()) < 1e-5 * float(exact.grad.norm())
+
+
+def test_zero_variance_is_finite() -> None:
+    linear = torch.nn.Linear(3, 4)
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.ones_(linear.bias)
+    for loss in LOSSES:
+        layer = FactoredOutput.from_linear(linear, loss=loss)
+        x = torch.randn(2, 3, requires_grad=True)
+        layer(x, torch.tensor([0, 1])).backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        layer.step(0.1)
+        assert layer.weight().isfinite().all()
+
+
+def test_one_class_and_empty_batches() -> None:
+    layer = FactoredOutput(3, 1)
+    layer(torch.randn(2, 3), torch.tensor([0, 0])).backward()
+    layer.step(0.1)
+    assert layer.weight().isfinite().all()
+    assert layer(torch.randn(0, 3), torch.zeros(0, dtype=torch.int64)).isnan()
+
+
+def trained(**options: Any) -> FactoredOutput:
+    torch.manual_seed(3)
+    layer = FactoredOutput(4, 20, **options)
+    for _ in range(3):
+        layer(torch.randn(5, 4), torch.randint(20, (5,))).backward()
+        layer.step(0.1)
+    return layer
+
+
+def through_state_dict(layer: FactoredOutput) -> FactoredOutput:
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    copied = FactoredOutput(4, 20)
+    copied.load_state_dict(torch.load(file))
+    return copied
+
+
+@pytest.mark.parametrize(
+    "copier",
+    [through_state_dict, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
+    ids=["state_dict", "deepcopy", "pickle"],
+)
+def test_copies_are_exact(copier: Callable[[FactoredOutput], FactoredOutput]) -> None:
+    layer = trained()
+    copied = copier(layer)
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for one in (layer, copied):
+        one(x, y).backward()
+        one.step(0.1)
+    assert copied.steps == layer.steps == 4
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, copied.state_dict()[name]), name
+
+
+def test_dtype_moves() -> None:
+    layer = trained()
+    double = copy.deepcopy(layer).to(torch.float64)
+    torch.testing.assert_close(double.weight().float(), layer.weight())
+    double(torch.randn(2, 4, dtype=torch.float64), torch.tensor([1, 2])).backward()
+    double.step(0.1)
+    with pytest.raises(TypeError, match="must have the layer's dtype, float32 or float64"):
+        double(torch.randn(2, 4), torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match="float32 or float64"):
+        layer.to(torch.bfloat16)(torch.randn(2, 4).bfloat16(), torch.tensor([1, 2]))
+
+
+def test_logits_topk_and_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "TILE", 28)  # four rows of hidden, seven classes a tile
+    for bias in (True, False):
+        layer = trained(bias=bias)
+        x = torch.randn(4, 4)
+        linear = layer.to_linear()
+        expected = linear(x).detach()
+        torch.testing.assert_close(layer.logits(x), expected)
+        classes = torch.tensor([3, 3, 19])
+        torch.testing.assert_close(layer.logits(x, classes), expected[:, classes])
+        for k in (1, 5, 20):
+            value, index = layer.topk(x, k)
+            torch.testing.assert_close(value, expected.topk(k)[0])
+            torch.testing.assert_close(expected.gather(1, index), value)
+        again = FactoredOutput.from_linear(linear)
+        torch.testing.assert_close(again.weight(), layer.weight())
+
+
+def test_two_layers_with_their_own_rates() -> None:
+    first, second = trained(), trained()
+    optimizer = FactoredSGD([first, {"layer": second, "lr": 0.0}], lr=0.1)
+    before = second.weight()
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for layer in (first, second):
+        layer(x, y).backward()
+    optimizer.step()
+    torch.testing.assert_close(second.weight(), before)
+    assert not torch.allclose(first.weight(), before)
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["lr"] = 7.0
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    value = optimizer.step(lambda: float(first(x, y).detach()))
+    assert value is not None
+    first.zero_grad()
+    first(x, y).backward()
+    optimizer.zero_grad()
+    optimizer.step()  # no gradient: nothing to do
+    assert first.steps == 4
+
+
+def test_errors_leave_the_state() -> None:
+    layer = FactoredOutput(4, 9)
+    before = copy.deepcopy(layer.state_dict())
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    with pytest.raises(RuntimeError, match="no gradient"):
+        layer.step(0.1)
+    for bad in (y + 8, y - 1):
+        with pytest.raises(ValueError, match=r"`target` must be in \[0, 9\)"):
+            layer(x, bad)
+    with pytest.raises(TypeError, match="`target` must be an integer tensor"):
+        layer(x, y.float())
+    with pytest.raises(ValueError, match=r"`target` must have shape \(3,\)"):
+        layer(x, y[:2])
+    with pytest.raises(ValueError, match="`hidden` must have size 4"):
+        layer(x[:, :3], y)
+    with pytest.raises(ValueError, match="`target_weight` must be given"):
+        layer(x, y[:, None])
+    with pytest.raises(ValueError, match=r"`target_weight` must have shape \(3, 1\), got \(3, 2\)"):
+        layer(x, y[:, None], torch.ones(3, 2))
+    with pytest.raises(ValueError, match="`k` must be at most 9"):
+        layer.topk(x, 10)
+    with pytest.raises(ValueError, match=r"`classes` must be in \[0, 9\)"):
+        layer.logits(x, torch.tensor([9]))
+    layer(x, y).backward()
+    with pytest.raises(RuntimeError, match="second forward"):
+        layer(x, y)
+    for rates in ((float("nan"), 0.0), (0.1, float("inf"))):
+        with pytest.raises(ValueError, match="must be finite"):
+            layer.step(*rates)
+    layer.zero_grad()
+    layer(x * float("nan"), y).backward()
+    with pytest.raises(RuntimeError, match="gradient is not finite"):
+        FactoredSGD(layer, lr=0.1).step()
+    after = layer.state_dict()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_backward_of_an_old_weight() -> None:
+    layer = FactoredOutput(4, 9, accumulate=True)
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    old = layer(x, y)
+    layer(x, y).backward()
+    layer.step(0.1)
+    with pytest.raises(RuntimeError, match="before the last change"):
+        old.backward()
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="`loss` must be one of z, spherical, taylor, mse or a callable"):
+        FactoredOutput(4, 9, loss="softmax")
+    with pytest.raises(TypeError, match="`loss` must be a string or a callable, got int"):
+        FactoredOutput(4, 9, loss=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`num_classes` must be finite and at least 1"):
+        FactoredOutput(4, 0)
+    with pytest.raises(ValueError, match="`eps` must be finite and greater than 0"):
+        FactoredOutput(4, 9, loss="spherical", eps=0.0)
+    with pytest.raises(TypeError, match="`dtype` must be float32 or float64"):
+        FactoredOutput(4, 9, dtype=torch.float16)
+    wrong = FactoredOutput(4, 9, loss=lambda a, q, s: a.sum())
+    with pytest.raises(ValueError, match=r"`loss` must return a tensor of shape \(2,\), got \(\)"):
+        wrong(torch.randn(2, 4), torch.tensor([0, 1]))
+    layer = FactoredOutput(4, 9)
+    with pytest.raises(TypeError, match="must hold FactoredOutput, got Linear"):
+        FactoredSGD([torch.nn.Linear(2, 2)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="at least one FactoredOutput"):
+        FactoredSGD([])
+    with pytest.raises(ValueError, match="`lr` must be finite and at least 0"):
+        FactoredSGD(layer, lr=-1.0)
+    with pytest.raises(ValueError, match="got 'momentum'"):
+        FactoredSGD([{"layer": layer, "momentum": 0.9}])

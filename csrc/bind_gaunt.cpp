@@ -13,44 +13,67 @@ using Integers = std::vector<std::int64_t>;
 
 namespace {
 
-// Terms as in GauntProgram. What does not fit would read out of bounds, so it is checked here once more.
-void check(const Integers& in_degree, const Integers& out_degree, const Integers& terms, std::int64_t degree,
-           std::int64_t band) {
-  std::size_t next = 0;
-  auto take = [&] { return next < terms.size() ? terms[next++] : throw std::invalid_argument("terms end early"); };
-  bool fits = in_degree.size() <= 64;
-  for (const Integers* degrees : {&in_degree, &out_degree})
-    for (std::int64_t d : *degrees) fits = fits && d >= 0 && d <= degree;
-  for (std::size_t o = 0; fits && o < out_degree.size(); ++o)
-    for (std::int64_t t = take(); fits && t > 0; --t) {
-      take();
-      std::int64_t sum = 0;
-      const std::int64_t factors = take();
-      fits = factors > 0;
-      for (std::int64_t f = 0; fits && f < factors; ++f) {
-        const std::int64_t i = take();
-        fits = i >= 0 && i < std::int64_t(in_degree.size());
-        if (fits) sum += in_degree[i];
-      }
-      fits = fits && sum <= band;
-    }
-  if (!fits || next != terms.size()) throw std::invalid_argument("gaunt: terms do not fit the tensors");
+void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(what);
 }
 
+std::int64_t coefficients(const Integers& degrees) {
+  std::int64_t sum = 0;
+  for (std::int64_t d : degrees) sum += (d + 1) * (d + 1);
+  return sum;
+}
+
+// What does not fit would read out of bounds, so it is checked here once more.
 template <class T>
 struct Call {
-  Integers in_degree, out_degree, terms;
-  std::int64_t degree, band, pairs;
-  bool equator;
-  Call(Integers in, Integers out, Integers t, std::int64_t degree, std::int64_t band, std::int64_t pairs, bool equator)
-      : in_degree(std::move(in)),
-        out_degree(std::move(out)),
-        terms(std::move(t)),
-        degree(degree),
-        band(band),
-        pairs(pairs),
-        equator(equator) {
-    check(in_degree, out_degree, terms, degree, band);
+  Integers in_degree, out_degree, terms, counts;
+  std::vector<fastloss::cpu::GauntEntry<T>> entries;
+  std::int64_t degree = 0, band = 0, pairs = 0;
+  bool equator = false;
+
+  Call(Integers in, Integers out, Integers t)
+      : in_degree(std::move(in)), out_degree(std::move(out)), terms(std::move(t)) {
+    require(in_degree.size() <= 64, "gaunt: too many inputs");
+    for (const Integers* degrees : {&in_degree, &out_degree})
+      for (std::int64_t d : *degrees) require(d >= 0, "gaunt: a negative degree");
+  }
+
+  // Terms as in GauntProgram.
+  void by_rings(std::int64_t most, std::int64_t widest, std::int64_t ring_pairs, bool has_equator) {
+    degree = most, band = widest, pairs = ring_pairs, equator = has_equator;
+    for (const Integers* degrees : {&in_degree, &out_degree})
+      for (std::int64_t d : *degrees) require(d <= degree, "gaunt: a degree beyond the tables");
+    std::size_t next = 0;
+    auto take = [&] { return next < terms.size() ? terms[next++] : throw std::invalid_argument("terms end early"); };
+    for (std::size_t o = 0; o < out_degree.size(); ++o)
+      for (std::int64_t t = take(); t > 0; --t) {
+        take();
+        std::int64_t sum = 0;
+        const std::int64_t factors = take();
+        require(factors > 0, "gaunt: a term without factors");
+        for (std::int64_t f = 0; f < factors; ++f) {
+          const std::int64_t i = take();
+          require(i >= 0 && i < std::int64_t(in_degree.size()), "gaunt: a factor that is not there");
+          sum += in_degree[i];
+        }
+        require(sum <= band, "gaunt: a product beyond the band");
+      }
+    require(next == terms.size(), "gaunt: more terms than outputs");
+  }
+
+  // Places: two for each entry.
+  void by_entries(Integers entry_counts, const Integers& places, const std::vector<double>& values) {
+    counts = std::move(entry_counts);
+    std::int64_t sum = 0;
+    for (std::int64_t c : counts) require(c >= 0, "gaunt: a negative count"), sum += c;
+    require(std::int64_t(counts.size()) == coefficients(out_degree) && sum == std::int64_t(values.size()) &&
+                places.size() == 2 * values.size(),
+            "gaunt: entries do not fit the outputs");
+    for (std::int64_t place : places)
+      require(place >= 0 && place <= coefficients(in_degree), "gaunt: an entry of a coefficient that is not there");
+    for (std::size_t e = 0; e < values.size(); ++e)
+      entries.push_back({std::int32_t(places[2 * e]), std::int32_t(places[2 * e + 1]), T(values[e])});
+    entries.push_back({0, 0, T(0)});  // so that no entries at all are still not null
   }
 
   fastloss::cpu::GauntProgram<T> program() const {
@@ -60,6 +83,8 @@ struct Call {
     p.in_degree = in_degree.data();
     p.out_degree = out_degree.data();
     p.terms = terms.data();
+    p.entries = entries.empty() ? nullptr : entries.data();
+    p.entry_counts = counts.data();
     p.degree = degree;
     p.band = band;
     p.pairs = pairs;
@@ -93,7 +118,9 @@ struct Call {
 template <class T>
 void bind(pybind11::module_& m, const char* name) {
   pybind11::class_<Call<T>>(m, name)
-      .def(pybind11::init<Integers, Integers, Integers, std::int64_t, std::int64_t, std::int64_t, bool>())
+      .def(pybind11::init<Integers, Integers, Integers>())
+      .def("by_rings", &Call<T>::by_rings)
+      .def("by_entries", &Call<T>::by_entries)
       .def("scratch", &Call<T>::scratch)
       .def("run", &Call<T>::run, fastloss::Unlocked());
 }

@@ -14,6 +14,13 @@ namespace cpu {
 // Pairs of rings handled together.
 constexpr int64_t kRingPairs = 4;
 
+// One product of two coefficients in a sum, with its entry of the Gaunt tensor.
+template <class T>
+struct GauntEntry {
+  int32_t a, b;  // places among the coefficients of all inputs, one after the other, and a one behind them
+  T value;
+};
+
 template <class T>
 struct GauntProgram {
   int64_t lanes;              // functions in each tensor
@@ -26,6 +33,10 @@ struct GauntProgram {
   // Output by output: the number of its terms, then for each term an integer coefficient, the number of factors (at
   // least 1) and the inputs that are its factors.
   const int64_t* terms;
+  // By the sparse Gaunt tensor: the entries of each coefficient of each output, one after the other. Null: by rings.
+  const GauntEntry<T>* entries;
+  const int64_t* entry_counts;  // (coefficients of all outputs,)
+  // By rings.
   int64_t degree;      // of the tables, at least every degree above
   int64_t band;        // at least the sum of the degrees of the factors of any term
   int64_t pairs;       // of rings

@@ -4,6 +4,7 @@
 
 namespace {
 
+using fastloss::cpu::GauntEntry;
 using fastloss::cpu::GauntProgram;
 using fastloss::cpu::kRingPairs;
 
@@ -36,26 +37,28 @@ FASTLOSS_INLINE bool side_by_side(const GauntProgram<T>& p, int64_t lane, int co
   return p.channels && count == Lanes<T>::kCount && lane % p.channels + count <= p.channels;
 }
 
+// Entry c is number of(c) of the two vectors.
+template <class T, class F>
+FASTLOSS_INLINE Vec<T> pick(Vec<T> a, Vec<T> b, const F& of) {
+  constexpr int kN = Lanes<T>::kCount;
+#ifdef __clang__
+  Vec<T> out;
+  for (int c = 0; c < kN; ++c) out[c] = of(c) < kN ? a[of(c)] : b[of(c) - kN];
+  return out;
+#else
+  Bits<T> places{};
+  for (int c = 0; c < kN; ++c) places[c] = of(c);
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
 // One step of a transposition: swaps the blocks of S columns off the diagonal.
 template <class T, int S>
 FASTLOSS_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
   constexpr int kN = Lanes<T>::kCount;
-#ifdef __clang__
-  Vec<T> low, high;
-  for (int c = 0; c < kN; ++c) {
-    low[c] = c & S ? b[c - S] : a[c];
-    high[c] = c & S ? b[c] : a[c + S];
-  }
-#else
-  Bits<T> first{}, second{};
-  for (int c = 0; c < kN; ++c) {
-    first[c] = c & S ? kN + c - S : c;
-    second[c] = c & S ? kN + c : c + S;
-  }
-  const Vec<T> low = __builtin_shuffle(a, b, first), high = __builtin_shuffle(a, b, second);
-#endif
+  const Vec<T> low = pick<T>(a, b, [](int c) { return c & S ? kN + c - S : c; });
+  b = pick<T>(a, b, [](int c) { return c & S ? kN + c : c + S; });
   a = low;
-  b = high;
 }
 
 // Transposes kCount rows of which only the first N columns are wanted: fills rows 0..N - 1.
@@ -103,6 +106,34 @@ FASTLOSS_INLINE void write_tile(T* y, int64_t d, int64_t columns, int64_t room, 
       store_some<T>(y + l * d, tile[l], int(columns));
 }
 
+// Lanes of four coefficients fill four vectors, and no lane is split: coefficient k of lane l is number 4 l + k of
+// them.
+template <class T>
+FASTLOSS_INLINE void read_fours(const T* x, Vec<T>* out) {
+  constexpr int kN = Lanes<T>::kCount, kHalf = kN / 2;
+  Vec<T> in[4], half[2][2];  // half[h][j]: coefficients 2 j and 2 j + 1 of half the lanes
+  for (int i = 0; i < 4; ++i) in[i] = load(x + i * kN);
+  for (int h = 0; h < 2; ++h)
+    for (int j = 0; j < 2; ++j)
+      half[h][j] = pick<T>(in[2 * h], in[2 * h + 1], [j](int c) { return 4 * (c % kHalf) + 2 * j + c / kHalf; });
+  for (int j = 0; j < 2; ++j)
+    for (int k = 0; k < 2; ++k)
+      out[2 * j + k] = pick<T>(half[0][j], half[1][j], [k](int c) { return c % kHalf + k * kHalf + c / kHalf * kN; });
+}
+
+template <class T>
+FASTLOSS_INLINE void write_fours(T* y, const Vec<T>* in) {
+  constexpr int kN = Lanes<T>::kCount, kHalf = kN / 2;
+  Vec<T> half[2][2];
+  for (int j = 0; j < 2; ++j)
+    for (int h = 0; h < 2; ++h)
+      half[h][j] = pick<T>(in[2 * j], in[2 * j + 1], [h](int c) { return c % kHalf + h * kHalf + c / kHalf * kN; });
+  for (int h = 0; h < 2; ++h)
+    for (int i = 0; i < 2; ++i)
+      store(y + (2 * h + i) * kN, pick<T>(half[h][0], half[h][1],
+                                          [i](int c) { return c % 4 / 2 * kN + c % 2 * kHalf + c / 4 + i * kN / 4; }));
+}
+
 template <class T>
 void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int count, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount;
@@ -114,8 +145,12 @@ void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, i
   // Rows of less than a vector are read with the beginning of the next, if there is one.
   if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
     x += lane * d;
-    if (d <= 4) {
+    if (d == 4) {
+      read_fours<T>(x, out);
+    } else if (d < 4) {
       read_tile<T, 4>(x, d, d, out);
+    } else if (d <= 9 && kN > 9) {
+      read_tile<T, 9>(x, d, d, out);
     } else if (d < kN) {
       read_tile<T, kN>(x, d, d, out);
     } else {
@@ -144,8 +179,12 @@ void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int co
   }
   if (p.channels == 0 && count == kN) {
     y += lane * d;
-    if (d <= 4) {
+    if (d == 4) {
+      write_fours<T>(y, in);
+    } else if (d < 4) {
       write_tile<T, 4>(y, d, d, kN * d, in);
+    } else if (d <= 9 && kN > 9) {
+      write_tile<T, 9>(y, d, d, kN * d, in);
     } else if (d < kN) {
       write_tile<T, kN>(y, d, d, kN * d, in);
     } else {
@@ -278,18 +317,26 @@ FASTLOSS_INLINE void from_rings(const GauntProgram<T>& p, const Vec<T>* h, int64
 // Scratch of one thread, in vectors.
 template <class T>
 struct Scratch {
-  Vec<T>* coefficients;  // of the input being read, or the output being summed
-  Vec<T>* spectra;       // of all inputs, 2 kRingPairs rings each
-  Vec<T>* partial[2];    // spectra of products of some of a term's factors
-  Vec<T>* sums;          // (2 kRingPairs, band + 1): sums of terms
+  Vec<T>* inputs;      // coefficients of all inputs, one after the other, and a one
+  Vec<T>* outputs;     // of all outputs
+  Vec<T>* spectra;     // of all inputs, 2 kRingPairs rings each
+  Vec<T>* partial[2];  // spectra of products of some of a term's factors
+  Vec<T>* sums;        // (2 kRingPairs, band + 1): sums of terms
 };
+
+FASTLOSS_INLINE int64_t coefficients_of(const int64_t* degrees, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += square(degrees[i] + 1);
+  return sum;
+}
 
 template <class T>
 int64_t scratch(const GauntProgram<T>& p) {
-  int64_t vectors = 2 * spectrum_size(p.band) + 2 * kRingPairs * 2 * (p.band + 1);
-  for (int64_t i = 0; i < p.inputs; ++i)
-    vectors += square(p.in_degree[i] + 1) + 2 * kRingPairs * spectrum_size(p.in_degree[i]);
-  for (int64_t o = 0; o < p.outputs; ++o) vectors += square(p.out_degree[o] + 1);
+  int64_t vectors = coefficients_of(p.in_degree, p.inputs) + 1 + coefficients_of(p.out_degree, p.outputs);
+  if (!p.entries) {
+    vectors += 2 * spectrum_size(p.band) + 2 * kRingPairs * 2 * (p.band + 1);
+    for (int64_t i = 0; i < p.inputs; ++i) vectors += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
+  }
   return (vectors + 1) * Lanes<T>::kCount;
 }
 
@@ -358,19 +405,49 @@ FASTLOSS_INLINE const int64_t* add_output(const GauntProgram<T>& p, const Scratc
 
 template <class T, int R>
 void add_pairs(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* spectrum_at, int64_t pair) {
-  Vec<T>* coefficients = at.coefficients;
+  const Vec<T>* x = at.inputs;
   for (int64_t i = 0; i < p.inputs; ++i) {
-    to_rings<T, R>(p, coefficients, p.in_degree[i], pair, at.spectra + spectrum_at[i]);
-    coefficients += square(p.in_degree[i] + 1);
+    to_rings<T, R>(p, x, p.in_degree[i], pair, at.spectra + spectrum_at[i]);
+    x += square(p.in_degree[i] + 1);
   }
   const int64_t* term = p.terms;
+  Vec<T>* y = at.outputs;
   for (int64_t o = 0; o < p.outputs; ++o) {
-    term = add_output<T, R>(p, at, term, spectrum_at, p.out_degree[o], pair, coefficients);
-    coefficients += square(p.out_degree[o] + 1);
+    term = add_output<T, R>(p, at, term, spectrum_at, p.out_degree[o], pair, y);
+    y += square(p.out_degree[o] + 1);
   }
 }
 
 constexpr int64_t kMostInputs = 64;
+
+// Coefficients of the outputs of one lane block by the entries of the Gaunt tensor.
+template <class T>
+void add_entries(const GauntProgram<T>& p, const Vec<T>* x, int64_t out_size, Vec<T>* y) {
+  const GauntEntry<T>* entry = p.entries;
+  for (int64_t k = 0; k < out_size; ++k) {
+    Vec<T> sum{};
+    for (const GauntEntry<T>* end = entry + p.entry_counts[k]; entry < end; ++entry)
+      sum += x[entry->a] * x[entry->b] * entry->value;
+    y[k] = sum;
+  }
+}
+
+template <class T>
+void add_rings(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* spectrum_at) {
+  int64_t pair = 0;
+  for (; pair + kRingPairs <= p.pairs; pair += kRingPairs) add_pairs<T, kRingPairs>(p, at, spectrum_at, pair);
+  switch (p.pairs - pair) {
+    case 1:
+      add_pairs<T, 1>(p, at, spectrum_at, pair);
+      break;
+    case 2:
+      add_pairs<T, 2>(p, at, spectrum_at, pair);
+      break;
+    case 3:
+      add_pairs<T, 3>(p, at, spectrum_at, pair);
+      break;
+  }
+}
 
 template <class T>
 void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end) {
@@ -382,51 +459,49 @@ void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end)
     next += vectors;
     return taken;
   };
+  const int64_t in_size = coefficients_of(p.in_degree, p.inputs), out_size = coefficients_of(p.out_degree, p.outputs);
   Scratch<T> at;
-  int64_t spectrum_at[kMostInputs], spectra = 0, in_size = 0, out_size = 0;
-  for (int64_t i = 0; i < p.inputs; ++i) {
-    spectrum_at[i] = spectra;
-    spectra += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
-    in_size += square(p.in_degree[i] + 1);
-  }
-  for (int64_t o = 0; o < p.outputs; ++o) out_size += square(p.out_degree[o] + 1);
-  at.coefficients = take(in_size + out_size);
-  at.spectra = take(spectra);
-  at.partial[0] = take(spectrum_size(p.band));
-  at.partial[1] = take(spectrum_size(p.band));
-  at.sums = take(2 * kRingPairs * 2 * (p.band + 1));
-  for (int64_t i = 0; i < p.inputs; ++i) {  // the zeros beside the spectra stay
-    const int64_t size = spectrum_size(p.in_degree[i]);
-    for (int64_t ring = 0; ring < 2 * kRingPairs; ++ring)
-      put_zeros<T>(at.spectra + spectrum_at[i] + ring * size + size / 2 - 1, p.in_degree[i]);
+  at.inputs = take(in_size + 1);
+  at.outputs = take(out_size);
+  int64_t spectrum_at[kMostInputs];
+  if (p.entries) {
+    at.inputs[in_size] = splat<T>(1);
+  } else {
+    int64_t spectra = 0;
+    for (int64_t i = 0; i < p.inputs; ++i) {
+      spectrum_at[i] = spectra;
+      spectra += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
+    }
+    at.spectra = take(spectra);
+    at.partial[0] = take(spectrum_size(p.band));
+    at.partial[1] = take(spectrum_size(p.band));
+    at.sums = take(2 * kRingPairs * 2 * (p.band + 1));
+    for (int64_t i = 0; i < p.inputs; ++i) {  // the zeros beside the spectra stay
+      const int64_t size = spectrum_size(p.in_degree[i]);
+      for (int64_t ring = 0; ring < 2 * kRingPairs; ++ring)
+        put_zeros<T>(at.spectra + spectrum_at[i] + ring * size + size / 2 - 1, p.in_degree[i]);
+    }
   }
   for (int64_t block = begin; block < end; ++block) {
     const int64_t lane = block * kN;
     const int count = int(lesser(kN, p.lanes - lane));
-    Vec<T>* coefficients = at.coefficients;
+    Vec<T>* x = at.inputs;
     for (int64_t i = 0; i < p.inputs; ++i) {
       const int64_t d = square(p.in_degree[i] + 1);
-      read_lanes(p, p.x[i], d, lane, count, coefficients);
-      coefficients += d;
+      read_lanes(p, p.x[i], d, lane, count, x);
+      x += d;
     }
-    for (int64_t i = 0; i < out_size; ++i) coefficients[i] = Vec<T>{};
-    int64_t pair = 0;
-    for (; pair + kRingPairs <= p.pairs; pair += kRingPairs) add_pairs<T, kRingPairs>(p, at, spectrum_at, pair);
-    switch (p.pairs - pair) {
-      case 1:
-        add_pairs<T, 1>(p, at, spectrum_at, pair);
-        break;
-      case 2:
-        add_pairs<T, 2>(p, at, spectrum_at, pair);
-        break;
-      case 3:
-        add_pairs<T, 3>(p, at, spectrum_at, pair);
-        break;
+    if (p.entries) {
+      add_entries(p, at.inputs, out_size, at.outputs);
+    } else {
+      for (int64_t i = 0; i < out_size; ++i) at.outputs[i] = Vec<T>{};
+      add_rings(p, at, spectrum_at);
     }
+    const Vec<T>* y = at.outputs;
     for (int64_t o = 0; o < p.outputs; ++o) {
       const int64_t d = square(p.out_degree[o] + 1);
-      write_lanes(p, p.y[o], d, lane, count, coefficients);
-      coefficients += d;
+      write_lanes(p, p.y[o], d, lane, count, y);
+      y += d;
     }
   }
 }

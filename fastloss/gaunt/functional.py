@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor
 from fastloss._checks import FLOATS, check_device
 from fastloss.gaunt.constants import norms, table
 from fastloss.gaunt.harmonics import harmonics
-from fastloss.gaunt.methods import direct, fft
+from fastloss.gaunt.methods import fft
 from fastloss.gaunt.ops import multiply
-from fastloss.gaunt.program import degree_of_size
+from fastloss.gaunt.program import degree_of, degree_of_size
 from fastloss.gaunt.tables import NORMALIZATIONS
 
 METHODS = ("auto", "ring", "direct", "fft")
 MOST_FACTORS = 16
+DIRECT_DEGREES = 8  # l1 + l2 + l3 up to which "auto" takes the sparse tensor, for the native kernels' sake
 
 
 def gaunt_tensor_product(
@@ -106,10 +106,10 @@ def gaunt_tensor_product(
     dtype = x1.dtype
     a = _scaled(x1, w1, l1, normalization, dim, 1)
     b = a if squared else _scaled(x2, w2, l2, normalization, dim, 1)
-    if method in ("auto", "ring"):
-        out = _multiply(name, [a] if squared else [a, b], (0, 0) if squared else (0, 1), l3, dim)
+    if method == "fft":
+        out = _by_fourier(name, a, b, (l1, l2, l3), dim)
     else:
-        out = _by_lanes(direct if method == "direct" else fft, name, a, b, (l1, l2, l3), dim)
+        out = _multiply(name, [a] if squared else [a, b], (0, 0) if squared else (0, 1), l3, dim, method)
     return _scaled(out, w3, l3, normalization, dim, -1).to(dtype)
 
 
@@ -370,36 +370,38 @@ def _scaled(x: Tensor, weight: Tensor | None, degree: int, normalization: str, d
     return x
 
 
-def _lanes(name: str, xs: Sequence[Tensor], dim: int) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The op's shapes, (lanes, d) or (batch, d, channels), and the common leading shape (with channels at the end)."""
-    if dim == -1 and all(x.dim() == 2 and x.shape[0] == xs[0].shape[0] for x in xs):
-        return list(xs), (xs[0].shape[0],)
-    outer = [tuple(x.shape[:-1] if dim == -1 else (*x.shape[:-2], x.shape[-1])) for x in xs]
+def _broadcast(name: str, xs: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """All sizes alike but that of the coefficients."""
+    outer = [x.shape[:-1] if dim == -1 else (*x.shape[:-2], x.shape[-1]) for x in xs]
+    if all(shape == outer[0] for shape in outer):
+        return list(xs)
     try:
-        lead = tuple(torch.broadcast_shapes(*outer))  # type: ignore[no-untyped-call]
+        lead = torch.broadcast_shapes(*outer)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise ValueError(f"{name}: leading dimensions do not broadcast, got {' and '.join(map(str, outer))}") from error
+        shapes = " and ".join(str(tuple(shape)) for shape in outer)
+        raise ValueError(f"{name}: leading dimensions do not broadcast, got {shapes}") from error
     if dim == -1:
-        return [x.expand(*lead, x.shape[-1]).reshape(math.prod(lead), x.shape[-1]) for x in xs], lead
-    return [
-        x.expand(*lead[:-1], x.shape[-2], lead[-1]).reshape(math.prod(lead[:-1]), x.shape[-2], lead[-1]) for x in xs
-    ], lead
+        return [x.expand(*lead, x.shape[-1]) for x in xs]
+    return [x.expand(*lead[:-1], x.shape[-2], lead[-1]) for x in xs]
 
 
-def _multiply(name: str, xs: Sequence[Tensor], factors: Sequence[int], degree: int, dim: int) -> Tensor:
-    lanes, lead = _lanes(name, xs, dim)
-    out = multiply(lanes, factors, degree, channels_last=dim == -2)
-    if dim == -1:
-        return out.reshape(*lead, (degree + 1) ** 2)
-    return out.reshape(*lead[:-1], (degree + 1) ** 2, lead[-1])
+def _multiply(
+    name: str, xs: Sequence[Tensor], factors: Sequence[int], degree: int, dim: int, method: str = "auto"
+) -> Tensor:
+    inputs = _broadcast(name, xs, dim)
+    if method == "auto":
+        total = degree + sum(degree_of(inputs[i], dim == -2) for i in factors)
+        method = "direct" if len(factors) <= 2 and total <= DIRECT_DEGREES else "ring"
+    return multiply(inputs, factors, degree, channels_last=dim == -2, direct=method == "direct")
 
 
-def _by_lanes(method: Any, name: str, a: Tensor, b: Tensor, degrees: tuple[int, int, int], dim: int) -> Tensor:
+def _by_fourier(name: str, a: Tensor, b: Tensor, degrees: tuple[int, int, int], dim: int) -> Tensor:
     if dim == -2:
-        a, b = a.transpose(-1, -2), b.transpose(-1, -2)
-    (a, b), lead = _lanes(name, (a, b), -1)
-    out: Tensor = method(a, b, *degrees).reshape(*lead, (degrees[2] + 1) ** 2)
-    return out.transpose(-1, -2) if dim == -2 else out
+        a, b = a.mT, b.mT
+    a, b = _broadcast(name, (a, b), -1)
+    out = fft(a.flatten(0, -2), b.flatten(0, -2), *degrees) if a.dim() > 1 else fft(a[None], b[None], *degrees)
+    out = out.reshape(*a.shape[:-1], (degrees[2] + 1) ** 2)
+    return out.mT if dim == -2 else out
 
 
 def _product(

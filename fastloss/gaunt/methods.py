@@ -1,4 +1,4 @@
-"""The product in tensor code, differentiable by autograd: the sparse tensor and the Fourier route."""
+"""The product in tensor code, differentiable by autograd: the Fourier route."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.gaunt.constants import table
-
-
-def direct(x1: Tensor, x2: Tensor, l1: int, l2: int, l3: int) -> Tensor:
-    """(lanes, d1), (lanes, d2) -> (lanes, d3): the pairs that couple, times their rows of the Gaunt tensor."""
-    first, second, matrix = (table(f"sparse.{part}", [l1, l2, l3], x1) for part in ("first", "second", "matrix"))
-    return (x1.index_select(1, first) * x2.index_select(1, second)) @ matrix
 
 
 def fft(x1: Tensor, x2: Tensor, l1: int, l2: int, l3: int) -> Tensor:

@@ -1,13 +1,18 @@
-"""The op in PyTorch, any device: the same rings, with the short Fourier series replaced by points on each ring."""
+"""The op in PyTorch, any device: the same rings, with the short Fourier series replaced by points on each ring.
+
+The sparse tensor by the pairs of coefficients that couple, times their rows of it.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.gaunt.program import Program, degree_of
-from fastloss.gaunt.tables import grid
+from fastloss.gaunt.tables import grid, sparse
 
 TILE_NUMBERS = 1 << 18  # of values on the grid, a tensor: 1 MiB in float32
 
@@ -38,18 +43,38 @@ def _ring(inputs: list[Tensor], program: Program, degrees: list[int], total: int
     return results
 
 
-def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool) -> list[Tensor]:
+def _direct(inputs: list[Tensor], program: Program, degrees: list[int]) -> list[Tensor]:
+    results = []
+    for degree, terms in zip(program.out_degrees, program.outputs, strict=True):
+        out = inputs[0].new_zeros((len(inputs[0]), (degree + 1) ** 2))
+        for term in terms:
+            i, *others = term.factors
+            if others:
+                (j,) = others
+                first, second, matrix = sparse(degrees[i], degrees[j], degree, out.dtype, out.device)
+                product = (inputs[i].index_select(1, first) * inputs[j].index_select(1, second)) @ matrix
+            else:
+                product = inputs[i][:, : out.shape[1]]
+            out[:, : product.shape[1]].add_(product, alpha=term.coefficient)
+        results.append(out)
+    return results
+
+
+def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool, direct: bool) -> list[Tensor]:
     degrees = [degree_of(x, channels_last) for x in inputs]
-    shape = inputs[0].shape
     if channels_last:
-        inputs = [x.transpose(1, 2).reshape(-1, x.shape[1]) for x in inputs]
-    total, lanes = program.total(degrees), inputs[0].shape[0]
+        inputs = [x.mT for x in inputs]
+    lead = inputs[0].shape[:-1]
+    lanes = math.prod(lead)
+    inputs = [x.reshape(lanes, x.shape[-1]) for x in inputs]
     out = [inputs[0].new_empty((lanes, (n + 1) ** 2)) for n in program.out_degrees]
-    tile = max(1, TILE_NUMBERS // ((total + 2) * (total + 1)))
+    total = program.total(degrees)
+    numbers = (max(degrees) + 1) ** 4 if direct else (total + 2) * (total + 1)
+    tile = max(1, TILE_NUMBERS // numbers)
     for begin in range(0, lanes, tile):
-        part = _ring([x[begin : begin + tile] for x in inputs], program, degrees, total)
+        tiles = [x[begin : begin + tile] for x in inputs]
+        part = _direct(tiles, program, degrees) if direct else _ring(tiles, program, degrees, total)
         for to, result in zip(out, part, strict=True):
             to[begin : begin + tile] = result
-    if channels_last:
-        return [y.reshape(shape[0], shape[2], y.shape[1]).transpose(1, 2).contiguous() for y in out]
-    return out
+    out = [y.reshape(*lead, y.shape[-1]) for y in out]
+    return [y.mT.contiguous() for y in out] if channels_last else out

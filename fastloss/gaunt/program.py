@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +23,22 @@ def degree_of_size(size: int) -> int:
 
 
 def degree_of(x: Tensor, channels_last: bool) -> int:
-    """The degree of the functions in (lanes, d) or, with channels last, (batch, d, channels)."""
-    return degree_of_size(x.shape[1])
+    """The degree of the functions in (..., d) or, with channels last, (..., d, channels)."""
+    return degree_of_size(x.shape[-2 if channels_last else -1])
 
 
 @dataclass(frozen=True)
 class Term:
     coefficient: int
     factors: tuple[int, ...]  # inputs, sorted; one may be there several times
+
+
+class Compact(NamedTuple):
+    """A program as the op takes it, without the inputs that no term has."""
+
+    keep: list[int]  # the inputs that are left, at least one
+    out_degrees: list[int]
+    terms: list[int]
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,24 @@ class Program:
     outputs: tuple[tuple[Term, ...], ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.out_degrees, self.outputs)))  # looked up several times a call
+        # Looked up several times a call.
+        object.__setattr__(self, "_hash", hash((self.out_degrees, self.outputs)))
+        keep = sorted({i for terms in self.outputs for t in terms for i in t.factors}) or [0]
+        at = {i: n for n, i in enumerate(keep)}
+        object.__setattr__(self, "_compact", Compact(keep, list(self.out_degrees), self.flat(at)))
 
     def __hash__(self) -> int:
         result: int = self.__dict__["_hash"]
         return result
 
-    def flat(self) -> list[int]:
-        """As csrc/cpu/gaunt.h reads it."""
+    def flat(self, at: Mapping[int, int] | None = None) -> list[int]:
+        """As csrc/cpu/gaunt.h reads it; input i is called at_i."""
         numbers: list[int] = []
         for terms in self.outputs:
             numbers.append(len(terms))
             for term in terms:
-                numbers += (term.coefficient, len(term.factors), *term.factors)
+                factors = term.factors if at is None else [at[i] for i in term.factors]
+                numbers += (term.coefficient, len(factors), *factors)
         return numbers
 
     def band(self, in_degrees: Sequence[int]) -> int:
@@ -70,17 +84,11 @@ class Program:
             default=0,
         )
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - programs are few and small
-    def compact(self) -> tuple[list[int], list[int], list[int]]:
-        """The inputs that some term has (at least one), the degrees, and the flat terms with those renumbered."""
-        keep = sorted({i for terms in self.outputs for t in terms for i in t.factors}) or [0]
-        at = {i: n for n, i in enumerate(keep)}
-        outputs = tuple(
-            tuple(Term(t.coefficient, tuple(at[i] for i in t.factors)) for t in terms) for terms in self.outputs
-        )
-        return keep, list(self.out_degrees), Program(self.out_degrees, outputs).flat()
+    def compact(self) -> Compact:
+        made: Compact = self.__dict__["_compact"]
+        return made
 
-    @lru_cache(maxsize=4096)  # noqa: B019
+    @lru_cache(maxsize=4096)  # noqa: B019 - programs are few and small
     def gradient(
         self, wanted: tuple[int, ...], degrees: tuple[int, ...], present: tuple[int, ...], inputs: int
     ) -> Program:

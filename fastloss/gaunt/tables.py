@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fastloss.gaunt.program import Program
+
 NORMALIZATIONS = ("integral", "component", "norm")
 Build = TypeVar("Build", bound=Callable[..., Any])
 
@@ -159,6 +161,22 @@ def grid(degree: int, total: int, back: bool, dtype: torch.dtype, device: torch.
     return Grid(gather.to(device), theta.to(device, dtype), azimuth.to(device, dtype))
 
 
+@_table
+def gaunt(l1: int, l2: int, l3: int) -> Tensor:
+    """The Gaunt tensor ((l1 + 1)^2, (l2 + 1)^2, (l3 + 1)^2), float64, CPU: integrals of three harmonics on a grid."""
+
+    def on_grid(degree: int, back: bool) -> Tensor:
+        g = grid(degree, l1 + l2 + l3, back, torch.float64, torch.device("cpu"))
+        dense = torch.einsum("mlr,ma->mlra", g.legendre, g.azimuth).flatten(2)
+        out = torch.zeros((degree + 1) ** 2 + 1, dense.shape[-1], dtype=torch.float64)
+        return out.index_put((g.gather.flatten(),), dense.flatten(0, 1))[:-1]
+
+    y1, y2, y3 = on_grid(l1, False), on_grid(l2, False), on_grid(l3, True)
+    tensor = ((y1[:, None] * y2).flatten(0, 1) @ y3.T).unflatten(0, (len(y1), len(y2)))
+    tensor[tensor.abs() < 1e-12] = 0  # entries that exist are at least 1e-3 at the degrees the tensor is for
+    return tensor
+
+
 class Sparse(NamedTuple):
     """The Gaunt tensor by pairs: out_k = sum_p x1[first_p] x2[second_p] matrix[p, k]."""
 
@@ -169,18 +187,50 @@ class Sparse(NamedTuple):
 
 @_table
 def sparse(l1: int, l2: int, l3: int, dtype: torch.dtype, device: torch.device) -> Sparse:
-    def on_grid(degree: int, back: bool) -> Tensor:
-        g = grid(degree, l1 + l2 + l3, back, torch.float64, torch.device("cpu"))
-        dense = torch.einsum("mlr,ma->mlra", g.legendre, g.azimuth).flatten(2)
-        out = torch.zeros((degree + 1) ** 2 + 1, dense.shape[-1], dtype=torch.float64)
-        return out.index_put((g.gather.flatten(),), dense.flatten(0, 1))[:-1]
-
-    y1, y2, y3 = on_grid(l1, False), on_grid(l2, False), on_grid(l3, True)
-    pairs = (y1[:, None] * y2).flatten(0, 1) @ y3.T
-    pairs[pairs.abs() < 1e-12] = 0  # entries that exist are at least 1e-3 at the degrees this method is for
+    pairs = gaunt(l1, l2, l3).flatten(0, 1)
     kept = pairs.abs().sum(1).nonzero()[:, 0]
     d2 = (l2 + 1) ** 2
     return Sparse((kept // d2).to(device), (kept % d2).to(device), pairs[kept].to(device, dtype))
+
+
+class Entries(NamedTuple):
+    """A program of products of at most two factors: output k is the sum over its entries of value * at[a] * at[b].
+
+    `at` holds the coefficients of all inputs, one after the other, and a one behind them.
+    """
+
+    counts: Tensor  # entries of each coefficient of each output
+    places: Tensor  # (entries, 2), flattened: a, b
+    values: Tensor
+
+
+@_table
+def entries(in_degrees: tuple[int, ...], program: Program) -> Entries:
+    starts = [0]
+    for degree in in_degrees:
+        starts.append(starts[-1] + (degree + 1) ** 2)
+    count = starts[-1] + 1
+    keys, values, before = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)], 0
+    for degree, terms in zip(program.out_degrees, program.outputs, strict=True):
+        for term in terms:
+            i, *others = term.factors
+            if others:
+                (j,) = others
+                tensor = gaunt(in_degrees[i], in_degrees[j], degree)
+                a, b, k = tensor.nonzero().unbind(1)
+                value = tensor[a, b, k]
+                a, b = a + starts[i], b + starts[j]
+                a, b = torch.minimum(a, b), torch.maximum(a, b)  # of a square, both orders are one entry
+            else:
+                k = torch.arange((min(in_degrees[i], degree) + 1) ** 2)
+                a, b, value = k + starts[i], torch.full_like(k, starts[-1]), torch.ones(len(k), dtype=torch.float64)
+            keys.append(((k + before) * count + a) * count + b)
+            values.append(value * term.coefficient)
+        before += (degree + 1) ** 2
+    unique, inverse = torch.cat(keys).unique(return_inverse=True)  # in the order of the outputs
+    total = torch.zeros(len(unique), dtype=torch.float64).index_add(0, inverse, torch.cat(values))
+    places = torch.stack((unique // count % count, unique % count), 1)
+    return Entries(torch.bincount(unique // count**2, minlength=before), places.flatten(), total)
 
 
 @_table

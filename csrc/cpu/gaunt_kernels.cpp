@@ -64,7 +64,7 @@ FASTLOSS_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
 // Transposes kCount rows of which only the first N columns are wanted: fills rows 0..N - 1.
 template <class T, int N, int S>
 FASTLOSS_INLINE void columns_of(Vec<T>* rows) {
-  constexpr int kUsed = 2 * S < N ? N : 2 * S;  // rows that matter by now: earlier steps left the columns beyond N out
+  constexpr int kUsed = (N + S - 1) / S * S;  // rows that matter from now on: later steps mix blocks of S
 #pragma GCC unroll 16
   for (int i = 0; i < kUsed; ++i)
     if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
@@ -74,7 +74,7 @@ FASTLOSS_INLINE void columns_of(Vec<T>* rows) {
 // The other way round: rows beyond N are zero.
 template <class T, int N, int S>
 FASTLOSS_INLINE void rows_of(Vec<T>* rows) {
-  constexpr int kUsed = 2 * S < N ? N : 2 * S;
+  constexpr int kUsed = (N + S - 1) / S * S;  // rows that are not zero: earlier steps mixed blocks of S
 #pragma GCC unroll 16
   for (int i = 0; i < kUsed; ++i)
     if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);

@@ -399,8 +399,9 @@ def _by_fourier(name: str, a: Tensor, b: Tensor, degrees: tuple[int, int, int], 
     if dim == -2:
         a, b = a.mT, b.mT
     a, b = _broadcast(name, (a, b), -1)
-    out = fft(a.flatten(0, -2), b.flatten(0, -2), *degrees) if a.dim() > 1 else fft(a[None], b[None], *degrees)
-    out = out.reshape(*a.shape[:-1], (degrees[2] + 1) ** 2)
+    out = fft(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), *degrees).reshape(
+        *a.shape[:-1], (degrees[2] + 1) ** 2
+    )
     return out.mT if dim == -2 else out
 
 

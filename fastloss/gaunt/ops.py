@@ -24,9 +24,7 @@ from fastloss.gaunt import program as programs
 from fastloss.gaunt.program import Program, degree_of
 
 _SCHEMAS = {
-    "gaunt_ring_fwd": (
-        "(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last, bool direct) -> Tensor[]"
-    )
+    "gaunt_ring_fwd": ("(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last, bool direct) -> Tensor[]")
 }
 
 
@@ -111,9 +109,7 @@ def _gradients(
     return _call(gradient, how, [*inputs, *(g for g in grads if g is not None)])
 
 
-def _tangents(
-    program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
-) -> list[Tensor]:
+def _tangents(program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
     moved = program.tangent(tuple(moving), len(inputs))
     return _call(moved, how, [*inputs, *(t for t in tangents if t is not None)])
@@ -147,8 +143,8 @@ def multiply(
 ) -> Tensor:
     """The product of the inputs with these numbers, up to a degree.
 
-    inputs: (..., (degree + 1)^2) or with channels last (..., (degree + 1)^2, channels); the other sizes are those of all;
-    float32 or float64.
+    inputs: (..., (degree + 1)^2) or with channels last (..., (degree + 1)^2, channels), the
+    other sizes those of all; float32 or float64.
     """
     result: Tensor = _op(inputs, [degree], [1, 1, len(factors), *factors], channels_last, direct)[0]
     return result

@@ -172,7 +172,7 @@ def gaunt(l1: int, l2: int, l3: int) -> Tensor:
         return out.index_put((g.gather.flatten(),), dense.flatten(0, 1))[:-1]
 
     y1, y2, y3 = on_grid(l1, False), on_grid(l2, False), on_grid(l3, True)
-    tensor = ((y1[:, None] * y2).flatten(0, 1) @ y3.T).unflatten(0, (len(y1), len(y2)))
+    tensor: Tensor = (y1[:, None] * y2) @ y3.T
     tensor[tensor.abs() < 1e-12] = 0  # entries that exist are at least 1e-3 at the degrees the tensor is for
     return tensor
 
@@ -227,7 +227,7 @@ def entries(in_degrees: tuple[int, ...], program: Program) -> Entries:
             keys.append(((k + before) * count + a) * count + b)
             values.append(value * term.coefficient)
         before += (degree + 1) ** 2
-    unique, inverse = torch.cat(keys).unique(return_inverse=True)  # in the order of the outputs
+    unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)  # in the order of the outputs
     total = torch.zeros(len(unique), dtype=torch.float64).index_add(0, inverse, torch.cat(values))
     places = torch.stack((unique // count % count, unique % count), 1)
     return Entries(torch.bincount(unique // count**2, minlength=before), places.flatten(), total)

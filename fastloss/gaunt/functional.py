@@ -18,7 +18,7 @@ from fastloss.gaunt.tables import NORMALIZATIONS
 
 METHODS = ("auto", "ring", "direct", "fft")
 MOST_FACTORS = 16
-DIRECT_DEGREES = 8  # l1 + l2 + l3 up to which "auto" takes the sparse tensor, for the native kernels' sake
+DIRECT_DEGREES = 9  # l1 + l2 + l3 up to which "auto" takes the sparse tensor: measured, see CONTRIBUTING.md
 
 
 def gaunt_tensor_product(
@@ -61,16 +61,19 @@ def gaunt_tensor_product(
             of the output (..., lmax_out + 1). Leading dimensions broadcast with those of the coefficients. Path
             (l1, l2, l3) has the product of its three factors. Differentiable.
         method: "ring" (exact quadrature over rings of latitude, short Fourier series on each), "direct" (the sparse
-            Gaunt tensor), "fft" (double Fourier series), equal to rounding. "auto" is "ring": in the measurements of
-            `benchmarks/gaunt.py` it was the fastest at every degree.
+            Gaunt tensor: for small degrees, its table grows as L⁵), "fft" (double Fourier series), equal to rounding.
+            "auto": "direct" where l1 + l2 + lmax_out is at most 9, else "ring". As measured with the native kernels:
+            "direct" is faster up to 9, both take the same time at 12 (l1 = l2 = 3), and beyond that the rings win at
+            every degree up to 24, the largest of `benchmarks/gaunt.py`; "fft" has not caught up with them there.
         normalization: of the harmonics that the coefficients belong to: "integral" (orthonormal), "component"
             (|Y_l|² = 2l + 1) or "norm" (|Y_l| = 1), as e3nn names them.
         dim: -1, or -2 for (..., (l + 1)², C): functions side by side, coefficients in the dimension before.
 
     Returns:
         (..., (lmax_out + 1)²), the dtype of x1; 16-bit inputs are multiplied and summed in float32 and rounded once.
-        Differentiable any number of times, in forward mode, under ``torch.func`` and in ``torch.compile``. NaN in a
-        function makes its products NaN.
+        Differentiable any number of times, in forward mode, under ``torch.func`` and in ``torch.compile``, where
+        ``torch.func.grad`` gives gradients that are differentiated again (forces in a loss). NaN in a function makes
+        NaN of what depends on it, and of nothing in other functions.
 
     Raises:
         TypeError: not tensors, not of one floating dtype; `lmax_out` is not an int.
@@ -78,12 +81,12 @@ def gaunt_tensor_product(
             that do not match the degrees, negative `lmax_out`, unknown `method` or `normalization`.
 
     Memory:
-        "ring": the inputs for the backward pass, and a scratch of some 40 (l1 + l2)² vectors of 64 bytes a thread
-        (portable backend: grids of at most 4 MiB each). "direct" and "fft" store an intermediate for every function.
+        The inputs for the backward pass, and a scratch of some 40 (l1 + l2)² vectors of 64 bytes a thread (portable
+        backend: tiles of about 1 MiB a tensor). "fft" stores complex series of every function.
 
     Determinism:
-        Each function is computed by one thread; results do not depend on the number of threads. "direct" and "fft" as
-        torch's products and FFTs.
+        Each function is computed by one thread; results do not depend on the number of threads. "fft" as torch's
+        products and FFTs.
 
     Source:
         Luo, Chen and Krishnapriyan, *Enabling efficient equivariant operations in the Fourier basis via Gaunt tensor
@@ -242,7 +245,8 @@ def gaunt_convolution(
         ValueError: sizes and shapes that do not fit, negative degrees, unknown `normalization`.
 
     Memory:
-        The filter is stored for every edge and channel: (E, C, (lmax_filter + 1)²).
+        The filter is stored for every edge and channel: (E, C, (lmax_filter + 1)²). It is not turned into a frame of
+        its own: the two rotations of x and of the result would cost more than what a filter of m = 0 saves.
 
     Determinism:
         Results do not depend on the number of threads.

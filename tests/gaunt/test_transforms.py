@@ -44,12 +44,88 @@ def test_gradcheck_of_the_others() -> None:
     many = lambda x, y: fastloss.gaunt_product([x, y, x], 1)  # noqa: E731
     assert torch.autograd.gradcheck(many, (x, y), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(many, (x, y))
+    power = lambda x: fastloss.gaunt_power(x, 3, 2, normalization="norm")  # noqa: E731
+    assert torch.autograd.gradcheck(power, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(power, (x,))
     convolution = lambda x, v: fastloss.gaunt_convolution(x, v, 2, 2)  # noqa: E731
     assert torch.autograd.gradcheck(convolution, (x, vectors), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(convolution, (x, vectors))
     harmonics = lambda v: fastloss.spherical_harmonics(v, 3)  # noqa: E731
     assert torch.autograd.gradcheck(harmonics, (vectors,), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(harmonics, (vectors,))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_gradcheck_of_weights_and_channels(dim: int) -> None:
+    x, y = functions(2, 2, l=2), functions(2, 2, l=1, seed=1)
+    x, y = ((t.mT if dim == -2 else t).contiguous().requires_grad_() for t in (x, y))
+    w1, w2, w3 = (torch.rand(2, n + 1, dtype=F64, requires_grad=True) for n in (2, 1, 3))
+
+    def product(*leaves: Tensor) -> Tensor:
+        return fastloss.gaunt_tensor_product(*leaves[:2], weights=leaves[2:], normalization="norm", dim=dim)
+
+    def square(x: Tensor, w: Tensor) -> Tensor:
+        return fastloss.gaunt_tensor_product(x, x, 2, weights=(w, w, None), normalization="component", dim=dim)
+
+    def convolution(x: Tensor, vectors: Tensor, weights: Tensor) -> Tensor:
+        return fastloss.gaunt_convolution(x, vectors, 2, 2, weights=weights, normalization="component", dim=dim)
+
+    vectors = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    radial = torch.rand(2, 2, 3, dtype=F64, requires_grad=True)
+    for function, leaves in (
+        (product, (x, y, w1, w2, w3)),
+        (square, (x, w1)),
+        (convolution, (x, vectors, radial)),
+    ):
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_module_has_second_derivatives() -> None:
+    module = fastloss.GauntTensorProduct("2x0e + 2x1o", "0e + 1o", "2x1o + 2x0e").double()
+    x, y = torch.randn(2, 8, dtype=F64, requires_grad=True), torch.randn(2, 4, dtype=F64, requires_grad=True)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, y))
+
+    assert torch.autograd.gradcheck(function, (x, y, *values), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, y, *values))
+
+
+def test_vmap_of_the_others_is_a_loop() -> None:
+    x, y = functions(4, 3, l=2), functions(4, 3, l=1, seed=1)
+    vectors = torch.randn(4, 3, 3, dtype=F64)
+    for function, arguments in (
+        (lambda x, y: fastloss.gaunt_product([x, y, x], 2), (x, y)),
+        (lambda x: fastloss.gaunt_power(x, 3, 2), (x,)),
+        (lambda x, v: fastloss.gaunt_convolution(x, v, 2, 2), (x, vectors)),
+        (lambda v: fastloss.spherical_harmonics(v, 4), (vectors,)),
+        (lambda x, y: fastloss.gaunt_tensor_product(x.mT, y.mT, 2, dim=-2), (x, y)),
+    ):
+        got = torch.func.vmap(function)(*arguments)
+        want = torch.stack([function(*(a[b] for a in arguments)) for b in range(4)])
+        assert_equal_to_rounding(got, want, terms=500)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_training_with_forces_under_compile(compiler: str) -> None:
+    """Forces are gradients in the vectors; the loss on them is differentiated in the features and the weights."""
+    x, weights = functions(6, l=2).requires_grad_(), torch.rand(6, 3, dtype=F64, requires_grad=True)
+    vectors = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
+
+    def energy(vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        z = fastloss.gaunt_convolution(x, vectors, 2, 2, weights=weights)
+        return fastloss.gaunt_tensor_product(z, z, 1).pow(2).sum()
+
+    def loss(vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.func.grad(energy)(vectors, x, weights).pow(2).sum()
+
+    want = torch.autograd.grad(loss(vectors, x, weights), (x, weights))
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    for got, expected in zip(torch.autograd.grad(compiled(vectors, x, weights), (x, weights)), want, strict=True):
+        assert_equal_to_rounding(got, expected, terms=5000)
 
 
 @pytest.mark.parametrize("method", METHODS)

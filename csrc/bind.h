@@ -21,5 +21,6 @@ using Unlocked = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_contrastive(pybind11::module_& m);
 void bind_spherical(pybind11::module_& m);
 void bind_sliced(pybind11::module_& m);
+void bind_gaunt(pybind11::module_& m);
 
 }  // namespace fastloss

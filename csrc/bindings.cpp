@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   fastloss::bind_contrastive(m);
   fastloss::bind_spherical(m);
   fastloss::bind_sliced(m);
+  fastloss::bind_gaunt(m);
 }

@@ -3,6 +3,14 @@
 from fastloss import reference
 from fastloss._backends import backends, use_backend
 from fastloss.contrastive import ClipLoss, InfoNCE, NTXentLoss, clip_loss, info_nce, nt_xent
+from fastloss.gaunt import (
+    GauntTensorProduct,
+    gaunt_convolution,
+    gaunt_power,
+    gaunt_product,
+    gaunt_tensor_product,
+    spherical_harmonics,
+)
 from fastloss.sliced import (
     SlicedWassersteinLoss,
     TransportPlan,
@@ -39,6 +47,7 @@ __all__ = [
     "ClipLoss",
     "FactoredOutput",
     "FactoredSGD",
+    "GauntTensorProduct",
     "InfoNCE",
     "NTXentLoss",
     "SlicedWassersteinLoss",
@@ -48,6 +57,10 @@ __all__ = [
     "clip_loss",
     "energy_sliced_wasserstein",
     "expected_sliced_plan",
+    "gaunt_convolution",
+    "gaunt_power",
+    "gaunt_product",
+    "gaunt_tensor_product",
     "info_nce",
     "linear_one_hot_mse_loss",
     "linear_spherical_softmax_loss",
@@ -67,6 +80,7 @@ __all__ = [
     "sliced_wasserstein_sphere",
     "sliced_wasserstein_sphere_unif",
     "soft_correspondence",
+    "spherical_harmonics",
     "spherical_softmax_loss",
     "taylor_softmax_loss",
     "use_backend",

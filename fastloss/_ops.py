@@ -31,7 +31,8 @@ def _kernel(family: str, name: str, prepare: Prepare | None) -> Callable[..., An
     def run(*args: Any) -> Any:
         if prepare is not None:
             args = prepare(name, args)
-        device = args[0].device
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        device = first.device
         kernel = getattr(implementation(family, device), name)
         if not torch.is_autocast_enabled(device.type):
             return kernel(*args)

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "contrastive.h"
+#include "gaunt.h"
 #include "sliced.h"
 #include "spherical.h"
 
@@ -17,7 +18,9 @@ namespace cpu {
   X(SphericalKernels<float>, spherical_float)       \
   X(SphericalKernels<double>, spherical_double)     \
   X(SlicedKernels<float>, sliced_float)             \
-  X(SlicedKernels<double>, sliced_double)
+  X(SlicedKernels<double>, sliced_double)           \
+  X(GauntKernels<float>, gaunt_float)               \
+  X(GauntKernels<double>, gaunt_double)
 
 #define FASTLOSS_EXTERN(type, name) extern const type name;
 #define FASTLOSS_DECLARE(isa)      \

@@ -6,6 +6,13 @@ its inputs (call it with float64 for a reference value). None of its code is sha
 
 from fastloss.reference.contrastive import clip_loss, info_nce, nt_xent
 from fastloss.reference.factored import FactoredOutput
+from fastloss.reference.gaunt import (
+    gaunt_convolution,
+    gaunt_power,
+    gaunt_product,
+    gaunt_tensor_product,
+    spherical_harmonics,
+)
 from fastloss.reference.sliced import (
     energy_sliced_wasserstein,
     expected_sliced_plan,
@@ -37,6 +44,10 @@ __all__ = [
     "clip_loss",
     "energy_sliced_wasserstein",
     "expected_sliced_plan",
+    "gaunt_convolution",
+    "gaunt_power",
+    "gaunt_product",
+    "gaunt_tensor_product",
     "info_nce",
     "linear_one_hot_mse_loss",
     "linear_spherical_softmax_loss",
@@ -55,6 +66,7 @@ __all__ = [
     "sliced_wasserstein_sphere",
     "sliced_wasserstein_sphere_unif",
     "soft_correspondence",
+    "spherical_harmonics",
     "spherical_softmax_loss",
     "taylor_softmax_loss",
     "z_loss",

@@ -1,0 +1,19 @@
+"""Products of functions on the sphere (Gaunt tensor products) in O(L³), any degree, any number of derivatives."""
+
+from fastloss.gaunt.functional import (
+    gaunt_convolution,
+    gaunt_power,
+    gaunt_product,
+    gaunt_tensor_product,
+    spherical_harmonics,
+)
+from fastloss.gaunt.modules import GauntTensorProduct
+
+__all__ = [
+    "GauntTensorProduct",
+    "gaunt_convolution",
+    "gaunt_power",
+    "gaunt_product",
+    "gaunt_tensor_product",
+    "spherical_harmonics",
+]

@@ -1,0 +1,150 @@
+"""The op of the family: sums of products of functions on the sphere, its autograd, batching and forward mode.
+
+gaunt_ring   outputs[o] = sum_t coefficient_t prod_j inputs[factor_tj], as functions on the sphere, each given by its
+             (degree + 1)^2 coefficients in orthonormal real harmonics. Every function is brought to the rings once.
+             `direct`: by the sparse Gaunt tensor instead; for products of at most two factors.
+
+Gradients of such sums are such sums (of more inputs), and so are their derivatives, to any order: one op, which calls
+itself. Multiply-adds a lane, two factors of degree L, output 2L: 16 L^3 for the products and 6 L^3 for the ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from fastloss._ops import LIBRARY, define
+from fastloss.gaunt import program as programs
+from fastloss.gaunt.program import Program, degree_of
+
+_SCHEMAS = {
+    "gaunt_ring_fwd": ("(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last, bool direct) -> Tensor[]")
+}
+
+
+def _prepare(_: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    inputs, out_degrees, terms, *how = args
+    return inputs, programs.parse(out_degrees, terms), *how
+
+
+define("gaunt", _SCHEMAS, _prepare)
+_op = torch.ops.fastloss.gaunt_ring_fwd.default
+
+
+@torch.library.register_fake("fastloss::gaunt_ring_fwd", lib=LIBRARY)
+def _(inputs, out_degrees, terms, channels_last, direct):  # type: ignore[no-untyped-def]
+    lead, tail = (inputs[0].shape[:-2], inputs[0].shape[-1:]) if channels_last else (inputs[0].shape[:-1], ())
+    return [inputs[0].new_empty((*lead, (n + 1) ** 2, *tail)) for n in out_degrees]
+
+
+def _vmap(info: Any, in_dims: Any, inputs: Any, *rest: Any) -> tuple[Any, Any]:
+    """One more leading dimension."""
+    batched = [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(inputs, in_dims[0], strict=True)
+    ]
+    out = _op(batched, *rest)
+    return out, [0] * len(out)
+
+
+torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=LIBRARY)
+
+
+class How(NamedTuple):
+    channels_last: bool
+    direct: bool
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: Program, how: How, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.program, ctx.how = program, how
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
+        if not torch._C._are_functorch_transforms_active():
+            return tuple(_below_autograd(program, how, inputs))
+        # A Function switches gradients off; the levels of torch.func below this one still want theirs.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return tuple(_below_autograd(program, how, inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        out: list[Tensor | None] = [None] * len(inputs)
+        for i, value in zip(wanted, _gradients(ctx.program, ctx.how, inputs, grads, wanted), strict=True):
+            out[i] = value
+        return (None, None, *out)
+
+    @staticmethod
+    def jvp(ctx: Any, _program: Any, _how: Any, *tangents: Tensor | None) -> Any:
+        return tuple(_tangents(ctx.program, ctx.how, ctx.saved_tensors, tangents))
+
+
+def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Runs the program without the inputs that no term has."""
+    keep, out_degrees, terms = program.compact()
+    result: list[Tensor] = _op([inputs[i] for i in keep], out_degrees, terms, *how)
+    return result
+
+
+def _below_autograd(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _call(program, how, inputs)
+
+
+def _gradients(
+    program: Program, how: How, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: list[int]
+) -> list[Tensor]:
+    present = [o for o, g in enumerate(grads) if g is not None]
+    degrees = [degree_of(inputs[i], how.channels_last) for i in wanted]
+    gradient = program.gradient(tuple(wanted), tuple(degrees), tuple(present), len(inputs))
+    return _call(gradient, how, [*inputs, *(g for g in grads if g is not None)])
+
+
+def _tangents(program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    moved = program.tangent(tuple(moving), len(inputs))
+    return _call(moved, how, [*inputs, *(t for t in tangents if t is not None)])
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], *how: bool) -> list[Tensor]:
+    """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
+        with torch._C._AutoDispatchBelowAutograd():
+            plain: list[Tensor] = _op(inputs, out_degrees, terms, *how)
+            return plain
+    program = programs.parse(out_degrees, terms)
+    # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
+    apply = super(torch.autograd.Function, _Ring).apply
+    if not transformed:
+        return list(apply(program, How(*how), *inputs))
+    with enable_single_level_autograd_function():
+        return list(apply(program, How(*how), *inputs))
+
+
+LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
+
+
+def multiply(
+    inputs: list[Tensor], factors: Sequence[int], degree: int, *, channels_last: bool = False, direct: bool = False
+) -> Tensor:
+    """The product of the inputs with these numbers, up to a degree.
+
+    inputs: (..., (degree + 1)^2) or with channels last (..., (degree + 1)^2, channels), the
+    other sizes those of all; float32 or float64.
+    """
+    result: Tensor = _op(inputs, [degree], [1, 1, len(factors), *factors], channels_last, direct)[0]
+    return result

@@ -1,0 +1,140 @@
+"""What the op computes: sums of products of functions on the sphere. Closed under differentiation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def degree_of_size(size: int) -> int:
+    """The largest degree whose coefficients are no more than `size`."""
+    if not torch.compiler.is_compiling():
+        return math.isqrt(size) - 1
+    degree = 0  # Dynamo does not know the square root of a symbolic size
+    while (degree + 2) ** 2 <= size:
+        degree += 1
+    return degree
+
+
+def degree_of(x: Tensor, channels_last: bool) -> int:
+    """The degree of the functions in (..., d) or, with channels last, (..., d, channels)."""
+    return degree_of_size(x.shape[-2 if channels_last else -1])
+
+
+@dataclass(frozen=True)
+class Term:
+    coefficient: int
+    factors: tuple[int, ...]  # inputs, sorted; one may be there several times
+
+
+class Compact(NamedTuple):
+    """A program as the op takes it, without the inputs that no term has."""
+
+    keep: list[int]  # the inputs that are left, at least one
+    out_degrees: list[int]
+    terms: list[int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """outputs[o] is a sum of terms; its coefficients are taken up to out_degrees[o]."""
+
+    out_degrees: tuple[int, ...]
+    outputs: tuple[tuple[Term, ...], ...]
+
+    def __post_init__(self) -> None:
+        # Looked up several times a call.
+        object.__setattr__(self, "_hash", hash((self.out_degrees, self.outputs)))
+        keep = sorted({i for terms in self.outputs for t in terms for i in t.factors}) or [0]
+        at = {i: n for n, i in enumerate(keep)}
+        object.__setattr__(self, "_compact", Compact(keep, list(self.out_degrees), self.flat(at)))
+
+    def __hash__(self) -> int:
+        result: int = self.__dict__["_hash"]
+        return result
+
+    def flat(self, at: Mapping[int, int] | None = None) -> list[int]:
+        """As csrc/cpu/gaunt.h reads it; input i is called at_i."""
+        numbers: list[int] = []
+        for terms in self.outputs:
+            numbers.append(len(terms))
+            for term in terms:
+                factors = term.factors if at is None else [at[i] for i in term.factors]
+                numbers += (term.coefficient, len(factors), *factors)
+        return numbers
+
+    def band(self, in_degrees: Sequence[int]) -> int:
+        """The largest degree of a product."""
+        return max((sum(in_degrees[i] for i in t.factors) for terms in self.outputs for t in terms), default=0)
+
+    def total(self, in_degrees: Sequence[int]) -> int:
+        """The largest degree of an integrand: rings and azimuths are chosen for it."""
+        return max(
+            (
+                sum(in_degrees[i] for i in t.factors) + degree
+                for degree, terms in zip(self.out_degrees, self.outputs, strict=True)
+                for t in terms
+            ),
+            default=0,
+        )
+
+    def compact(self) -> Compact:
+        made: Compact = self.__dict__["_compact"]
+        return made
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - programs are few and small
+    def gradient(
+        self, wanted: tuple[int, ...], degrees: tuple[int, ...], present: tuple[int, ...], inputs: int
+    ) -> Program:
+        """Gradients, of these degrees, of sum_o <input inputs + n, output present_n> with respect to `wanted`."""
+        outputs = []
+        for i in wanted:
+            found: dict[tuple[int, ...], int] = {}
+            for n, o in enumerate(present):
+                for term in self.outputs[o]:
+                    times = term.factors.count(i)
+                    if times:
+                        others = list(term.factors)
+                        others.remove(i)
+                        key = tuple(sorted((*others, inputs + n)))
+                        found[key] = found.get(key, 0) + times * term.coefficient
+            outputs.append(tuple(Term(c, key) for key, c in found.items()))
+        return Program(degrees, tuple(outputs))
+
+    @lru_cache(maxsize=4096)  # noqa: B019
+    def tangent(self, moving: tuple[int, ...], inputs: int) -> Program:
+        """How the outputs move when input moving_n moves by input inputs + n."""
+        at = {i: inputs + n for n, i in enumerate(moving)}
+        outputs = []
+        for terms in self.outputs:
+            found: dict[tuple[int, ...], int] = {}
+            for term in terms:
+                for n, i in enumerate(term.factors):
+                    if i in at:
+                        key = tuple(sorted((*term.factors[:n], *term.factors[n + 1 :], at[i])))
+                        found[key] = found.get(key, 0) + term.coefficient
+            outputs.append(tuple(Term(c, key) for key, c in found.items()))
+        return Program(self.out_degrees, tuple(outputs))
+
+
+def parse(out_degrees: Sequence[int], flat: Sequence[int]) -> Program:
+    return _parse(tuple(out_degrees), tuple(flat))
+
+
+@lru_cache(maxsize=4096)
+def _parse(out_degrees: tuple[int, ...], flat: tuple[int, ...]) -> Program:
+    numbers = iter(flat)
+    outputs = []
+    for _ in out_degrees:
+        terms = []
+        for _ in range(next(numbers)):
+            coefficient, count = next(numbers), next(numbers)
+            terms.append(Term(coefficient, tuple(next(numbers) for _ in range(count))))
+        outputs.append(tuple(terms))
+    return Program(out_degrees, tuple(outputs))

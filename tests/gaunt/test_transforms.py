@@ -1,0 +1,289 @@
+"""Derivatives of any order, torch.func, torch.compile, and the module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from e3nn import o3
+from torch import Tensor
+
+import fastloss
+from tests.gaunt.test_values import F64, METHODS, e3nn_constant, e3nn_product, functions
+from tests.support import assert_equal_to_rounding
+
+
+def loss_of(method: str) -> Callable[..., Tensor]:
+    return lambda x, y: fastloss.gaunt_tensor_product(x, y, 2, method=method).pow(3).sum()
+
+
+def pair(*shape: int) -> tuple[Tensor, Tensor]:
+    return functions(*shape, l=2), functions(*shape, l=1, seed=1)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcheck(method: str) -> None:
+    leaves = [x.requires_grad_() for x in pair(2)]
+    function = lambda x, y: fastloss.gaunt_tensor_product(x, y, 2, method=method)  # noqa: E731
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.usefixtures("backend")
+def test_gradcheck_of_the_others() -> None:
+    x, y = (t.requires_grad_() for t in pair(2))
+    vectors = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    many = lambda x, y: fastloss.gaunt_product([x, y, x], 1)  # noqa: E731
+    assert torch.autograd.gradcheck(many, (x, y), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(many, (x, y))
+    power = lambda x: fastloss.gaunt_power(x, 3, 2, normalization="norm")  # noqa: E731
+    assert torch.autograd.gradcheck(power, (x,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(power, (x,))
+    convolution = lambda x, v: fastloss.gaunt_convolution(x, v, 2, 2)  # noqa: E731
+    assert torch.autograd.gradcheck(convolution, (x, vectors), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(convolution, (x, vectors))
+    harmonics = lambda v: fastloss.spherical_harmonics(v, 3)  # noqa: E731
+    assert torch.autograd.gradcheck(harmonics, (vectors,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(harmonics, (vectors,))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_gradcheck_of_weights_and_channels(dim: int) -> None:
+    x, y = functions(2, 2, l=2), functions(2, 2, l=1, seed=1)
+    x, y = ((t.mT if dim == -2 else t).contiguous().requires_grad_() for t in (x, y))
+    w1, w2, w3 = (torch.rand(2, n + 1, dtype=F64, requires_grad=True) for n in (2, 1, 3))
+
+    def product(*leaves: Tensor) -> Tensor:
+        return fastloss.gaunt_tensor_product(*leaves[:2], weights=leaves[2:], normalization="norm", dim=dim)
+
+    def square(x: Tensor, w: Tensor) -> Tensor:
+        return fastloss.gaunt_tensor_product(x, x, 2, weights=(w, w, None), normalization="component", dim=dim)
+
+    def convolution(x: Tensor, vectors: Tensor, weights: Tensor) -> Tensor:
+        return fastloss.gaunt_convolution(x, vectors, 2, 2, weights=weights, normalization="component", dim=dim)
+
+    vectors = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    radial = torch.rand(2, 2, 3, dtype=F64, requires_grad=True)
+    for function, leaves in (
+        (product, (x, y, w1, w2, w3)),
+        (square, (x, w1)),
+        (convolution, (x, vectors, radial)),
+    ):
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_module_has_second_derivatives() -> None:
+    module = fastloss.GauntTensorProduct("2x0e + 2x1o", "0e + 1o", "2x1o + 2x0e").double()
+    x, y = torch.randn(2, 8, dtype=F64, requires_grad=True), torch.randn(2, 4, dtype=F64, requires_grad=True)
+    names, values = zip(*module.named_parameters(), strict=True)
+
+    def function(x: Tensor, y: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x, y))
+
+    assert torch.autograd.gradcheck(function, (x, y, *values), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, y, *values))
+
+
+def test_vmap_of_the_others_is_a_loop() -> None:
+    x, y = functions(4, 3, l=2), functions(4, 3, l=1, seed=1)
+    vectors = torch.randn(4, 3, 3, dtype=F64)
+    for function, arguments in (
+        (lambda x, y: fastloss.gaunt_product([x, y, x], 2), (x, y)),
+        (lambda x: fastloss.gaunt_power(x, 3, 2), (x,)),
+        (lambda x, v: fastloss.gaunt_convolution(x, v, 2, 2), (x, vectors)),
+        (lambda v: fastloss.spherical_harmonics(v, 4), (vectors,)),
+        (lambda x, y: fastloss.gaunt_tensor_product(x.mT, y.mT, 2, dim=-2), (x, y)),
+    ):
+        got = torch.func.vmap(function)(*arguments)
+        want = torch.stack([function(*(a[b] for a in arguments)) for b in range(4)])
+        assert_equal_to_rounding(got, want, terms=500)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_training_with_forces_under_compile(compiler: str) -> None:
+    """Forces are gradients in the vectors; the loss on them is differentiated in the features and the weights."""
+    x, weights = functions(6, l=2).requires_grad_(), torch.rand(6, 3, dtype=F64, requires_grad=True)
+    vectors = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
+
+    def energy(vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        z = fastloss.gaunt_convolution(x, vectors, 2, 2, weights=weights)
+        return fastloss.gaunt_tensor_product(z, z, 1).pow(2).sum()
+
+    def loss(vectors: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.func.grad(energy)(vectors, x, weights).pow(2).sum()
+
+    want = torch.autograd.grad(loss(vectors, x, weights), (x, weights))
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
+    for got, expected in zip(torch.autograd.grad(compiled(vectors, x, weights), (x, weights)), want, strict=True):
+        assert_equal_to_rounding(got, expected, terms=5000)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_transforms_agree_with_autograd(method: str) -> None:
+    loss = loss_of(method)
+    x, y = pair(3)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, y), leaf)
+    assert_equal_to_rounding(torch.func.grad(loss)(x, y), gradient, terms=100)
+    want = torch.autograd.functional.hessian(lambda a: loss(a, y), x)
+    assert_equal_to_rounding(torch.func.hessian(lambda a: loss(a, y))(x), want, terms=1000)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(torch.stack((x, 2 * x)), y)
+    assert_equal_to_rounding(each[1], torch.func.grad(loss)(2 * x, y), terms=100)
+
+
+def second_derivative(route: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss on forces: what training with forces differentiates."""
+    if route == "torch.func.grad":
+        return lambda x, y: torch.func.grad(loss)(x, y).pow(2).sum()
+    return lambda x, y: torch.autograd.grad(loss(x, y), x, create_graph=True)[0].pow(2).sum()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("route", ["torch.func.grad", "torch.autograd.grad"])
+def test_second_derivative_under_compile(route: str, compiler: str) -> None:
+    x, y = (t.requires_grad_() for t in pair(3))
+    function = second_derivative(route, loss_of("ring"))
+    want = torch.autograd.grad(function(x, y), (x, y))
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    traced = route == "torch.autograd.grad"  # off by default in Dynamo
+    with torch._dynamo.config.patch(trace_autograd_ops=True) if traced else nullcontext():
+        result = torch.autograd.grad(compiled(x, y), (x, y))
+    for got, expected in zip(result, want, strict=True):
+        assert_equal_to_rounding(got, expected, terms=1000)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiles(method: str) -> None:
+    x, y = (t.requires_grad_() for t in pair(3))
+    loss = loss_of(method)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        torch.autograd.grad(compiled(x, y), (x, y)), torch.autograd.grad(loss(x, y), (x, y)), strict=True
+    ):
+        assert_equal_to_rounding(got, want, terms=100)
+
+
+def test_compiles_with_dynamic_shapes() -> None:
+    compiled = torch.compile(fastloss.gaunt_tensor_product, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lanes in (3, 5):
+        for degree in (1, 3):
+            x, y = functions(lanes, l=degree), functions(lanes, l=2)
+            assert_equal_to_rounding(compiled(x, y), fastloss.gaunt_tensor_product(x, y), terms=200)
+
+
+def test_others_compile() -> None:
+    x, _ = pair(4)
+    vectors = torch.randn(4, 3, dtype=F64)
+
+    def function(x: Tensor, vectors: Tensor) -> Tensor:
+        y = fastloss.gaunt_convolution(x, vectors, 3, 2, normalization="component")
+        return fastloss.gaunt_product([y, x, y], 1, normalization="norm") + fastloss.gaunt_power(x, 3, 1)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal_to_rounding(compiled(x, vectors), function(x, vectors), terms=1000)
+
+
+def test_tables_built_in_inference_mode_serve_training() -> None:
+    x, y = functions(2, l=6), functions(2, l=5)
+    for method in METHODS:
+        with torch.inference_mode():
+            fastloss.gaunt_tensor_product(x, y, 7, method=method, normalization="norm")
+        leaf = x.clone().requires_grad_()
+        fastloss.gaunt_tensor_product(leaf, y, 7, method=method, normalization="norm").sum().backward()
+
+
+class TestModule:
+    def test_equals_e3nn(self) -> None:
+        irreps = "4x0e + 4x1o + 4x2e", "4x1o + 4x0e", "4x3o + 4x1o + 4x2e"
+        module = fastloss.GauntTensorProduct(*(o3.Irreps(i) for i in irreps)).double()
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight)
+        w1, w2, w3 = (w.detach() for w in module.parameters())
+        degrees = [0, 1, 2], [1, 0], [3, 1, 2]
+        paths = [(i, j, k) for i in range(3) for j in range(2) for k in range(3)]
+        x = torch.randn(10, o3.Irreps(irreps[0]).dim, dtype=F64), torch.randn(10, o3.Irreps(irreps[1]).dim, dtype=F64)
+        want = torch.zeros(10, o3.Irreps(irreps[2]).dim, dtype=F64)
+        for i, j, k in paths:
+            a, b, c = degrees[0][i], degrees[1][j], degrees[2][k]
+            if not abs(a - b) <= c <= a + b or (a + b + c) % 2:
+                continue
+            path = [(i, j, k, "uuu", True, e3nn_constant(a, b, c) ** 2)]
+            want += e3nn_product(*irreps, path)(*x, w1[:, a] * w2[:, b] * w3[:, c])
+        assert_equal_to_rounding(module(*x).detach(), want, terms=200)
+
+    def test_default_output_and_reversed_parity(self) -> None:
+        module = fastloss.GauntTensorProduct("2x1o", "2x1e")
+        assert module.irreps_out == "2x0o+2x2o"
+        module = fastloss.GauntTensorProduct("0e + 1o", "0e + 1o")
+        assert module.irreps_out == "1x0e+1x1o+1x2e"
+
+    def test_one_multiplicity_is_shared(self) -> None:
+        module = fastloss.GauntTensorProduct("3x0e+3x1o", "0e+1o", internal_weights=False).double()
+        assert not list(module.parameters())
+        x, y = torch.randn(5, 12, dtype=F64), torch.randn(5, 4, dtype=F64)
+        first = torch.cat((x[:, :1], x[:, 3:6]), 1)
+        want = fastloss.gaunt_tensor_product(first, y)
+        got = module(x, y)
+        assert_equal_to_rounding(torch.cat((got[:, :1], got[:, 3:6], got[:, 12:17]), 1), want, terms=16)
+
+    def test_state_dict_copy_and_compile(self) -> None:
+        module = fastloss.GauntTensorProduct("4x0e + 4x1o", "4x0e + 4x1o")
+        torch.nn.init.normal_(module.weight1)
+        assert sorted(module.state_dict()) == ["weight1", "weight2", "weight3"]
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        file.seek(0)
+        other = fastloss.GauntTensorProduct("4x0e + 4x1o", "4x0e + 4x1o")
+        other.load_state_dict(torch.load(file))
+        x = torch.randn(2, 6, 16)
+        want = module(*x)
+        assert torch.equal(other(*x), want)
+        assert torch.equal(copy.deepcopy(module)(*x), want)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(*x), want)
+        assert "4x0e" in repr(module)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("4x0e+3x1o", "4x0e"), "`irreps_in1` must have one multiplicity"),
+            (("4x0e+4x0e", "4x0e"), "`irreps_in1` must name each degree once"),
+            (("4x0e", "4x0e+4x1e"), "`irreps_in2` must have the parities of one function"),
+            (("4x0e", "2x0e"), "`irreps_in2` must have multiplicity 4 (as `irreps_in1`) or 1, got 2"),
+            (("4x0e", "4x0e", "2x0e"), "`irreps_out` must have multiplicity 4"),
+            (("4x1o", "4x1o", "4x1o"), "`irreps_out` must come from 4x1o times 4x1o, but nothing couples to degree 1"),
+            (("4x1o", "4x1o", "4x3o"), "nothing couples to degree 3"),
+            (("4x1o", "4x1o", "4x2o"), "the parities multiply to the others"),
+            (("4x1z", "4x1o"), "`irreps_in1` must be irreps such as"),
+            (("", "4x1o"), "`irreps_in1` must be irreps such as"),
+        ],
+    )
+    def test_irreps_that_do_not_fit(self, arguments: tuple[str, ...], message: str) -> None:
+        with pytest.raises(ValueError, match="GauntTensorProduct") as error:
+            fastloss.GauntTensorProduct(*arguments)
+        assert message in str(error.value)
+
+    def test_options_and_inputs_that_do_not_fit(self) -> None:
+        options: dict[str, Any]
+        for options in ({"method": "grid"}, {"normalization": "none"}):
+            with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be one of"):
+                fastloss.GauntTensorProduct("0e", "0e", **options)
+        module = fastloss.GauntTensorProduct("2x0e+2x1o", "0e")
+        with pytest.raises(ValueError, match=r"`x1` must have shape \(\.\.\., 8\) for 2x0e\+2x1o, got \(3, 7\)"):
+            module(torch.zeros(3, 7), torch.zeros(3, 1))
+
+
+def test_factor_of_a_constant() -> None:
+    """The constant function 1 has the coefficient sqrt(4 pi)."""
+    one = torch.tensor([math.sqrt(4 * math.pi)], dtype=F64)
+    x = functions(3, l=3)
+    assert_equal_to_rounding(fastloss.gaunt_tensor_product(x, one), x, terms=16)

@@ -8,12 +8,8 @@ using fastloss::cpu::GauntEntry;
 using fastloss::cpu::GauntProgram;
 using fastloss::cpu::kRingPairs;
 
-// Orders of a product computed together: each takes two accumulators, and a vector is one register (AVX-512) or more.
-#ifdef __AVX512F__
+// Orders of a product computed together: each takes two accumulators, of 16 registers at least.
 constexpr int kTile = 4;
-#else
-constexpr int kTile = 2;
-#endif
 constexpr int64_t kPad = kTile - 1;  // zeros on both sides of a spectrum, so that tiles need no bounds
 
 FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -280,10 +276,8 @@ FASTLOSS_INLINE void multiply(const Vec<T>* a, int64_t band_a, const Vec<T>* b, 
   int64_t k = 0;
   for (; k + kTile <= top + 1; k += kTile) multiply_tile<T, kTile>(a, band_a, b, band_b, k, f);
   const int64_t left = top + 1 - k;
-  if constexpr (kTile > 2) {
-    if (left == 3) multiply_tile<T, 3>(a, band_a, b, band_b, k, f);
-    if (left == 2) multiply_tile<T, 2>(a, band_a, b, band_b, k, f);
-  }
+  if (left == 3) multiply_tile<T, 3>(a, band_a, b, band_b, k, f);
+  if (left == 2) multiply_tile<T, 2>(a, band_a, b, band_b, k, f);
   if (left == 1) multiply_tile<T, 1>(a, band_a, b, band_b, k, f);
 }
 

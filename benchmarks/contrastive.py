@@ -294,7 +294,7 @@ def _sweep(rows: int) -> Case:
         256,
         "how time and memory grow with the batch",
         sweep="clip_loss, D = 256",
-        quick=quick if rows <= 4096 else None,
+        quick=quick if rows in (256, 1024, 4096) else None,
         full=Schedule(rounds=max(5, min(50, 32768 // rows)), slow_rounds=5, budget=60),
     )
 

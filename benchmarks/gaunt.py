@@ -296,7 +296,7 @@ def _ring_flops(s: Sizes, degree: int) -> float:
 
 
 def _case(degree: int, rows: int, reason: str, quick: int = 0) -> Case:
-    """`quick`: rounds of the quick run, in which the Fourier route, which takes its time, has its turn at one degree."""
+    """`quick`: rounds of the quick run, where the Fourier route, which takes its time, has its turn at one degree."""
     timed = frozenset({"fastloss", "fastloss[ring]", "eager", "e3nn[full]"})
     schedule = Schedule(
         quick,

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastloss.benchmarks import SUITES, harness, report
+from fastloss.benchmarks import SUITES, factored_step, harness, report
 from fastloss.benchmarks.harness import LEFT_TO_FULL, Formula, Provider, Runner, Schedule, Settings, Unavailable
 
+import fastloss
 from fastloss.__main__ import main
 
 SUITE = SUITES["contrastive"]
@@ -298,3 +299,42 @@ def test_digits_example_names_a_bad_batch_size():
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2
     assert "argument --batch-size: must be at most the 1347 training images" in run.stderr
+
+
+def test_factored_step_is_measured_beside_the_dense_layers(tmp_path, monkeypatch):
+    output = tmp_path / "step.json"
+    sizes = [
+        "--classes",
+        "300",
+        "--growth",
+        "100",
+        "400",
+        "--width",
+        "8",
+        "--batch",
+        "4",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["factored_step", *sizes, "--output", str(output)])
+    factored_step.main()
+    written = json.loads(output.read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    names = [set(result["seconds"]) for result in written["results"]]
+    alone, beside = {"FactoredOutput"}, {"FactoredOutput", "eager, log-softmax", "eager, Z-loss"}
+    assert names == [alone, alone, beside, alone]
+    assert all(s["median"] > 0 for result in written["results"] for s in result["seconds"].values())
+
+
+def test_factored_step_steps_as_the_dense_layer_does():
+    hidden, target = factored_step.hidden_and_target(50, 6, 5)
+    linear = torch.nn.Linear(6, 50, bias=False)
+    layer = fastloss.FactoredOutput.from_linear(linear, loss="z")
+    before = linear.weight.detach().clone()
+    factored_step.dense_step(linear, factored_step.dense_z_loss)(hidden, target)
+    factored_step.factored_step(layer)(hidden, target)
+    moved = linear.weight.detach() - before
+    assert moved.abs().max() > 0
+    assert (layer.weight() - linear.weight).abs().max() < 1e-2 * moved.abs().max()

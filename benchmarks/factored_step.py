@@ -29,10 +29,20 @@ from .harness import describe_machine, summarise
 LR = 1e-3
 
 
-def hidden_and_target(classes: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(classes, (batch,), generator=generator)
-    return torch.randn(batch, width, generator=generator).requires_grad_(), target
+class Batches:
+    """Hidden states, and targets that are others in every step: their rows of the weight are not in the caches."""
+
+    def __init__(self, classes: int, width: int, batch: int) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.classes = classes
+        self.hidden = torch.randn(batch, width, generator=self.generator).requires_grad_()
+
+    def seconds(self, step: Callable[[Tensor, Tensor], None]) -> float:
+        target = torch.randint(self.classes, (len(self.hidden),), generator=self.generator)
+        self.hidden.grad = None
+        start = time.perf_counter()
+        step(self.hidden, target)
+        return time.perf_counter() - start
 
 
 def dense_step(linear: nn.Linear, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], None]:
@@ -54,13 +64,6 @@ def factored_step(layer: fastloss.FactoredOutput) -> Callable[[Tensor, Tensor], 
     return step
 
 
-def seconds(step: Callable[[Tensor, Tensor], None], hidden: Tensor, target: Tensor) -> float:
-    hidden.grad = None
-    start = time.perf_counter()
-    step(hidden, target)
-    return time.perf_counter() - start
-
-
 def dense_z_loss(logits: Tensor, target: Tensor) -> Tensor:
     z = (logits.gather(1, target[:, None]).squeeze(1) - logits.mean(1)) / (logits.std(1, correction=0) + 1e-12)
     return F.softplus(-z).mean()
@@ -68,7 +71,7 @@ def dense_z_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def measure(classes: int, width: int, batch: int, dense_rounds: int, steps: int) -> dict[str, Any]:
     """Times by name. A dense step leaves the caches cold: the first factored step after it does not count."""
-    hidden, target = hidden_and_target(classes, width, batch)
+    batches = Batches(classes, width, batch)
     linear = nn.Linear(width, classes, bias=False)
     layer = fastloss.FactoredOutput.from_linear(linear, loss="z")
     ours = factored_step(layer)
@@ -82,12 +85,12 @@ def measure(classes: int, width: int, batch: int, dense_rounds: int, steps: int)
         del linear
     samples: dict[str, list[float]] = {"FactoredOutput": [], **{name: [] for name in dense}}
     for _ in range(3):
-        seconds(ours, hidden, target)
+        batches.seconds(ours)
     for _ in range(max(1, dense_rounds)):
         for name, step in dense.items():
-            samples[name].append(seconds(step, hidden, target))
-        seconds(ours, hidden, target)
-        samples["FactoredOutput"] += [seconds(ours, hidden, target) for _ in range(steps)]
+            samples[name].append(batches.seconds(step))
+        batches.seconds(ours)
+        samples["FactoredOutput"] += [batches.seconds(ours) for _ in range(steps)]
     gc.collect()
     return {
         "classes": classes,

@@ -329,7 +329,7 @@ def test_factored_step_is_measured_beside_the_dense_layers(tmp_path, monkeypatch
 
 
 def test_factored_step_steps_as_the_dense_layer_does():
-    hidden, target = factored_step.hidden_and_target(50, 6, 5)
+    hidden, target = torch.randn(5, 6, requires_grad=True), torch.tensor([0, 49, 3, 3, 7])
     linear = torch.nn.Linear(6, 50, bias=False)
     layer = fastloss.FactoredOutput.from_linear(linear, loss="z")
     before = linear.weight.detach().clone()

@@ -1,6 +1,6 @@
 """Constants of the family, built in float64 and cached: Legendre functions on rings, Fourier bases, Gaunt tensor.
 
-Built in float32, the Legendre functions alone would cost 5e-4 at degree 8.
+Built in float32, the Legendre functions alone would lose digits at high degrees.
 """
 
 from __future__ import annotations

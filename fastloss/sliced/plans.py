@@ -15,6 +15,7 @@ from fastloss._checks import check_number
 from fastloss.sliced.arguments import check_count, rooted
 from fastloss.sliced.ops import sort_slices
 from fastloss.sliced.pot import pot_arguments
+from fastloss.sliced.tiles import cumulative
 
 METRICS = ("sqeuclidean", "euclidean", "cityblock", "minkowski")
 BLOCK_BYTES = 32 << 20  # of masses, indices or differences of points at a time
@@ -318,7 +319,7 @@ class _Problem:
         rows, cols = (sort_slices(cloud.detach(), theta.detach())[1].long() for cloud in (self.x, self.y))
         if self.permutes:
             return self.x.new_full((), 1 / len(self.x)).expand(rows.shape), rows, cols
-        x_ends, y_ends = _ends(self.a, rows), _ends(self.b, cols)
+        x_ends, y_ends = cumulative(self.a, rows), cumulative(self.b, cols)
         ends = torch.cat([x_ends, y_ends], 1).sort(1)[0][:, :-1]  # both reach one: once is enough
         mass = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
         level = ends.detach().contiguous()
@@ -349,15 +350,3 @@ class _Problem:
     def dense(self, plan: TransportPlan) -> Tensor:
         n, m = len(self.x), len(self.y)
         return plan.data.new_zeros(n * m).index_add(0, plan.rows * m + plan.cols, plan.data).reshape(n, m)
-
-
-def _ends(weights: Tensor | None, order: Tensor) -> Tensor:
-    """(S, n) cumulative weights in float64; one from the last point of positive weight on."""
-    n = order.shape[1]
-    if weights is None:
-        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
-    weights = weights[order]
-    ends = weights.cumsum(1)
-    ends = ends - (ends.detach() - 1).clamp_(min=0)  # rounding may pass one before
-    left = (weights > 0).flip(1).cumsum(1).flip(1)  # points of positive weight from here on
-    return torch.where((left == 0) | ((left == 1) & (weights > 0)), 1.0, ends)

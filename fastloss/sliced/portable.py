@@ -23,16 +23,6 @@ def _slope(d: Tensor, p: float) -> Tensor:
     return d if p == 2 else d.sign() * d.abs().pow(p - 1)
 
 
-def _ends(weights: Tensor | None, order: Tensor) -> Tensor:
-    """Cumulative weights of each slice in float64; one from the last atom of positive weight on."""
-    n = order.shape[1]
-    if weights is None:
-        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
-    weights = weights[order]
-    left = (weights > 0).flip(1).cumsum(1).flip(1)  # atoms of positive weight from here on
-    return weights.cumsum(1).masked_fill_((left == 0) | ((left == 1) & (weights > 0)), 1.0)
-
-
 def _potential(u: Tensor, v: Tensor, ends: Tensor, other: Tensor, p: float) -> Tensor:
     """f_{i+1} - f_i = c(i+1, j) - c(i, j), j the atom of v where atom i of u ends; two such atoms where both end."""
     inner = ends[:, :-1].contiguous()
@@ -85,7 +75,7 @@ class _Epilogue:
                 if want_v:
                     v.scatter_(1, v_order, -slope)
         else:
-            a_ends, b_ends = _ends(a, u_order), _ends(b, v_order)
+            a_ends, b_ends = tiles.cumulative(a, u_order), tiles.cumulative(b, v_order)
             ends = torch.cat([a_ends, b_ends], 1).sort(dim=1)[0]
             mass = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])).clamp_(min=0)
             i = torch.searchsorted(a_ends, ends).clamp_(max=u.shape[1] - 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._checks import FLOATS, check_device
 from fastloss.sliced.arguments import (
     check_cloud,
     check_count,
@@ -54,7 +55,7 @@ def sliced_wasserstein_sphere(
         log: True returns ``(value, {"projections": (L, d, 2), "projected_emds": (L,)})``.
 
     Returns:
-        A 0-dim tensor of the dtype of the points. Zero has gradient zero.
+        A 0-dim tensor of the common dtype of the points. Zero has gradient zero.
 
     Raises:
         TypeError: not floating tensors, `p` not a number.
@@ -77,7 +78,7 @@ def sliced_wasserstein_sphere(
     name = "sliced_wasserstein_sphere"
     check_p(name, p)
     frames, a, b = _sphere_arguments(name, (X_s, X_t), (a, b), n_projections, projections, seed)
-    costs = _circle_costs(_on_circle(X_s, frames), _on_circle(X_t, frames), a, b, float(p)).to(X_s.dtype)
+    costs = _circle_costs(_on_circle(X_s, frames), _on_circle(X_t, frames), a, b, float(p)).to(frames.dtype)
     value = rooted(costs.mean(), p)
     return (value, {"projections": frames, "projected_emds": costs}) if log else value
 
@@ -127,7 +128,7 @@ def sliced_wasserstein_sphere_unif(
     weights = torch.full_like(u, 1 / u.shape[1]) if a is None else (a.double() / a.double().sum())[order]
     middle = weights.cumsum(1) - weights / 2
     mean = (weights * u).sum(1, keepdim=True) - 0.5
-    costs = ((weights * (u - middle - mean).square()).sum(1) + weights.pow(3).sum(1) / 12).to(X_s.dtype)
+    costs = ((weights * (u - middle - mean).square()).sum(1) + weights.pow(3).sum(1) / 12).to(frames.dtype)
     value = rooted(costs.mean(), 2)
     return (value, {"projections": frames, "projected_emds": costs}) if log else value
 
@@ -140,11 +141,13 @@ def _sphere_arguments(
     projections: Tensor | None,
     seed: int | torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Planes (L, d, 2) and checked weights."""
+    """Planes (L, d, 2) in the common dtype of the clouds, and checked weights."""
     first = clouds[0]
     for name, x in zip(("X_s", "X_t"), clouds, strict=False):
         check_cloud(function, name, x)
         check_dims(function, (name, x))
+        if x.dtype not in (torch.float64, torch.float32):
+            raise TypeError(f"{function}: `{name}` must be float64 or float32, got {x.dtype}")
         check_width(function, name, x, "X_s", first)
         if values_are_known(x) and bool((x.detach().square().sum(1) - 1).abs().gt(1e-4).any()):
             raise ValueError(f"{function}: `{name}` must consist of unit vectors (to 1e-4), got others")
@@ -155,21 +158,26 @@ def _sphere_arguments(
         None if w is None else check_weights(function, name, w, x)
         for name, w, x in zip(("a", "b"), weights, (first, clouds[-1]), strict=True)
     ]
+    dtype = torch.promote_types(first.dtype, clouds[-1].dtype)
     if projections is not None:
-        if not isinstance(projections, Tensor) or projections.dim() != 3 or projections.shape[1:] != (d, 2):
+        fits = isinstance(projections, Tensor) and projections.dim() == 3 and projections.shape[1:] == (d, 2)
+        if not fits or len(projections) == 0:
             got = tuple(projections.shape) if isinstance(projections, Tensor) else type(projections).__name__
-            raise ValueError(f"{function}: `projections` must be a tensor of shape (L, {d}, 2), got {got}")
-        return projections.to(first.dtype), checked[0], checked[1]
+            raise ValueError(f"{function}: `projections` must be a tensor of shape (L, {d}, 2), L >= 1, got {got}")
+        if projections.dtype not in FLOATS:
+            raise TypeError(f"{function}: `projections` must be a floating-point tensor, got {projections.dtype}")
+        check_device(function, "projections", projections, "the points", first)
+        return projections.to(dtype), checked[0], checked[1]
     check_count(function, count)
     generator = seeded(function, seed)
     source = first.device if generator is None else generator.device
-    normal = torch.randn(count, d, 2, dtype=first.dtype, generator=generator, device=source)
+    normal = torch.randn(count, d, 2, dtype=dtype, generator=generator, device=source)
     return torch.linalg.qr(normal)[0].to(first.device), checked[0], checked[1]
 
 
 def _on_circle(x: Tensor, frames: Tensor) -> Tensor:
     """(L, n) angles of the projections, as fractions of a turn in [0, 1)."""
-    flat = torch.einsum("ldk,nd->lnk", frames, x)
+    flat = torch.einsum("ldk,nd->lnk", frames, x.to(frames.dtype))
     return ((torch.atan2(-flat[..., 1], -flat[..., 0]) + math.pi) / (2 * math.pi)).remainder(1)
 
 

@@ -45,6 +45,18 @@ def slices_at_a_time(slices: int, atoms: int, itemsize: int) -> int:
     return max(1, min(slices, max(LEAST_SLICES, BLOCK_BYTES // max(1, atoms * itemsize))))
 
 
+def cumulative(weights: Tensor | None, order: Tensor) -> Tensor:
+    """(S, n) cumulative weights in float64 in each slice's order; one from the last atom of positive weight on."""
+    n = order.shape[1]
+    if weights is None:
+        return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
+    weights = weights[order]
+    ends = weights.cumsum(1)
+    ends = ends - (ends.detach() - 1).clamp_(min=0)  # rounding may pass one before
+    left = (weights > 0).flip(1).cumsum(1).flip(1)  # atoms of positive weight from here on
+    return torch.where((left == 0) | ((left == 1) & (weights > 0)), 1.0, ends)
+
+
 def _unit_sum(weights: Tensor | None) -> tuple[Tensor | None, float]:
     if weights is None:
         return None, 1.0

@@ -115,11 +115,15 @@ class Plan:
     solution: Tensor  # H U^-1 after the step
     u_change: Tensor  # U H^T; all of the new U in large batches
     inverse: Tensor | None  # in large batches
-    growth: float
+    limit: float
+    tame: bool  # no row of H U^-1 grew beyond the limit
 
 
-def plan(state: State, grads: Gradients, lr: float, decay: float, scratch: Scratch) -> Plan:
-    """The SGD step W - lr (dL/dW + decay W); raises OverflowError when it is not finite."""
+def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, scratch: Scratch) -> Plan:
+    """The SGD step W - lr (dL/dW + decay W); raises OverflowError when it is not finite.
+
+    `limit`: of the singular values of U.
+    """
     kernels = _kernels(state)
     hidden, shrink = grads.hidden, 1 - lr * decay
     n, width = hidden.shape
@@ -154,32 +158,32 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, scratch: Scrat
         solution = hidden @ inverse
         u_change = state.u @ m
     growth = kernels.factored_growth(solution, hidden) if exists and shrink != 0 else math.inf
-    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, growth)
+    tame = growth <= limit  # false for NaN
+    if not tame and not bool((u_change.sum() + scaled.sum()).isfinite()):
+        raise OverflowError
+    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame)
 
 
-def commit(plan: Plan, limit: float) -> int:
+def commit(plan: Plan) -> int:
     """Writes the step; how many directions of U had to be moved into V for it.
 
-    V is written in the rows of the targets, and in all rows when a row of H U^-1 grew beyond `limit`.
+    V is written in the rows of the targets, and in all rows when a row of H U^-1 grew beyond the plan's limit.
     """
     state, grads, scaled, solution, shrink = plan.state, plan.grads, plan.scaled, plan.solution, plan.shrink
     hidden, share = grads.hidden, plan.lr / len(state.v)
     kernels = _kernels(state)
-    tame = plan.growth <= limit  # false for NaN
-    if not tame and not bool((plan.u_change.sum() + scaled.sum()).isfinite()):
-        raise OverflowError
     if len(hidden) < len(state.u):
         state.u.addmm_(plan.u_change, scaled, beta=shrink)
-        if tame:
+        if plan.tame:
             state.inverse.addmm_(scaled.T, solution, beta=1 / shrink, alpha=-1 / shrink)
     else:
         state.u.copy_(plan.u_change)
-        if tame:
+        if plan.tame:
             assert plan.inverse is not None
             state.inverse.copy_(plan.inverse)
     moved = 0
-    if not tame:
-        moved = stabilise(state, limit)
+    if not plan.tame:
+        moved = stabilise(state, plan.limit)
         solution = hidden @ state.inverse
     kernels.symmetric_update(state.gram, plan.change, shrink * shrink)
     kernels.factored_scatter(state.v, grads.target, grads.g_t, solution, plan.lr)

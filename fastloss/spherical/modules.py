@@ -451,7 +451,7 @@ class FactoredOutput(nn.Module):
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
             with torch.autocast(self.v.device.type, enabled=False):
-                return factored.plan(self._state(), grads, lr, weight_decay, self._scratch)
+                return factored.plan(self._state(), grads, lr, weight_decay, self.max_scale, self._scratch)
         except OverflowError:
             parts = (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)
             if all(bool(part.isfinite().all()) for part in parts):
@@ -469,11 +469,7 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def _commit(self, plan: factored.Plan) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
-            try:
-                moved = factored.commit(plan, self.max_scale)
-            except OverflowError:
-                raise RuntimeError("FactoredOutput.step: the step is not finite; zero_grad() discards it") from None
-            self._count(moved)
+            self._count(factored.commit(plan))
             self._revision += 1
             self._pending, self._open = [], 0
             self.steps += 1
@@ -629,7 +625,7 @@ class FactoredSGD(torch.optim.Optimizer):
     Raises:
         TypeError: a layer of another class.
         ValueError: no layers, one layer twice, a number out of its range.
-        RuntimeError: a gradient that is not finite; no layer has changed then.
+        RuntimeError: a gradient or a step that is not finite; no layer has changed then.
 
     Example:
         >>> layer = fastloss.FactoredOutput(4, 10)

@@ -70,8 +70,14 @@ def test_errors(name: str) -> None:
     function = getattr(fastloss, name)
     with pytest.raises(ValueError, match=r"`X_s` must consist of unit vectors \(to 1e-4\), got others"):
         function(2 * x, *clouds[1:])
-    with pytest.raises(ValueError, match=r"`projections` must be a tensor of shape \(L, 3, 2\), got \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"`projections` must be a tensor of shape \(L, 3, 2\), L >= 1, got \(3, 5\)"):
         function(*clouds, projections=torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"`projections` .* L >= 1, got \(0, 3, 2\)"):
+        function(*clouds, projections=torch.ones(0, 3, 2))
+    with pytest.raises(TypeError, match=r"`projections` must be a floating-point tensor, got torch\.int64"):
+        function(*clouds, projections=torch.ones(1, 3, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"`X_s` must be float64 or float32, got torch\.float16"):
+        function(*(cloud.half() for cloud in clouds))
     with pytest.raises(TypeError, match=r"`seed` must be None, an int or a torch\.Generator, got str"):
         function(*clouds, seed="a")
     with pytest.raises(ValueError, match="`a` must sum to one"):
@@ -79,3 +85,10 @@ def test_errors(name: str) -> None:
     line = torch.ones(4, 1)
     with pytest.raises(ValueError, match="`X_s` must have at least two dimensions"):
         function(*(line for _ in clouds))
+
+
+def test_clouds_of_two_dtypes_meet_in_the_wider() -> None:
+    x, y = sphere(13, 0).detach(), sphere(9, 1).detach().float()
+    expected = fastloss.sliced_wasserstein_sphere(x, y.double(), seed=4)
+    assert torch.equal(fastloss.sliced_wasserstein_sphere(x, y, seed=4), expected)
+    assert fastloss.sliced_wasserstein_sphere(y, x, seed=4).dtype == torch.float64

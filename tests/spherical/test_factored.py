@@ -42,7 +42,7 @@ def test_step_matches_dense_sgd(batch: int) -> None:
         rows, actual = factored.gradient(state, rows, product, g_t, g_v, g_mean)
         torch.testing.assert_close(actual, g_hidden, rtol=1e-8, atol=1e-11)
         grads = factored.Gradients(hidden, target[:, None], g_t, g_v, g_mean, rows, product)
-        factored.commit(factored.plan(state, grads, lr, decay, factored.Scratch()), 1e6)
+        factored.commit(factored.plan(state, grads, lr, decay, 1e6, factored.Scratch()))
         with torch.no_grad():
             dense -= lr * (g_dense + decay * dense)
     error = (factored.to_dense(state) - dense).norm() / dense.norm()

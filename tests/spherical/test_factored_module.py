@@ -286,6 +286,45 @@ def test_errors_leave_the_state() -> None:
         assert torch.equal(value, after[name]), name
 
 
+def test_a_step_that_overflows_changes_no_layer() -> None:
+    """Gradients are finite; the second layer's step is not, and the first does not go ahead."""
+    layers = [FactoredOutput(4, 9), FactoredOutput(4, 9)]
+    optimizer = FactoredSGD([layers[0], {"layer": layers[1], "lr": 1e30}], lr=0.1)
+    before = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    for layer in layers:
+        layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
+    with pytest.raises(RuntimeError, match=r"the step is not finite; zero_grad\(\) discards it"):
+        optimizer.step()
+    for layer, state in zip(layers, before, strict=True):
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, state[name]), name
+    optimizer.zero_grad()
+    layers[0](torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
+    optimizer.step()
+    assert layers[0].steps == 1
+
+
+def test_class_weights_need_one_target() -> None:
+    layer = FactoredOutput(4, 9)
+    target = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="`class_weight` must be None with several targets an example"):
+        layer(torch.randn(3, 4), target, torch.ones(3, 2), class_weight=torch.ones(9))
+
+
+def test_a_layer_moved_between_backward_and_step() -> None:
+    layer = FactoredOutput(4, 9)
+    layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
+    layer.double()
+    with pytest.raises(RuntimeError, match="dtype or device has changed since the backward pass"):
+        layer.step(0.1)
+
+
+def test_one_layer_twice() -> None:
+    layer = FactoredOutput(4, 9)
+    with pytest.raises(ValueError, match="`layers` must hold each layer once, got one twice"):
+        FactoredSGD([layer, layer], lr=0.1)
+
+
 def test_backward_of_an_old_weight() -> None:
     layer = FactoredOutput(4, 9, accumulate=True)
     x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])

@@ -248,3 +248,18 @@ def test_error_of_beta() -> None:
         fastloss.expected_sliced_plan(x, x, n_projections=2, beta=float("inf"))
     with pytest.raises(TypeError, match="expected_sliced_plan: `beta` must be a float, got str"):
         fastloss.expected_sliced_plan(x, x, n_projections=2, beta="1")
+
+
+def test_weights_whose_sums_pass_one_too_early_give_no_negative_mass() -> None:
+    """Rounding may take the sum of all but a tiny last weight beyond one; the plan still has no negative entry."""
+    n, passed = 40, 0
+    x = torch.arange(n, dtype=torch.float64)[:, None]
+    y = torch.arange(3, dtype=torch.float64)[:, None]
+    for seed in range(20):
+        a = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        a[-1] = 1e-18
+        a = a / a.sum()
+        passed += bool((a / a.sum()).cumsum(0)[-2] > 1)
+        (plan,), _ = fastloss.sliced_plans(x, y, a, projections=torch.ones(1, 1, dtype=torch.float64))
+        assert bool((plan.data >= 0).all()), seed
+    assert passed > 0

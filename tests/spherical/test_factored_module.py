@@ -304,6 +304,32 @@ def test_a_step_that_overflows_changes_no_layer() -> None:
     assert layers[0].steps == 1
 
 
+def test_a_step_that_overflows_in_the_factors_alone() -> None:
+    """Of a zero weight, the change of the Gram matrix is zero whatever the rate, and that of U is not."""
+    linear = torch.nn.Linear(4, 9, bias=False)
+    torch.nn.init.zeros_(linear.weight)
+    layer = FactoredOutput.from_linear(linear, loss="mse")
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.ones(8, 4), torch.arange(8)).backward()
+    with pytest.raises(RuntimeError, match="the step is not finite"):
+        layer.step(3e38)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_micro_batches_with_different_numbers_of_targets() -> None:
+    layer, dense = pair("z", accumulate=True)
+    theirs = torch.optim.SGD(dense.parameters(), lr=0.1)
+    for shape in ((4,), (3, 2)):
+        x, y = torch.randn(shape[0], 5, dtype=torch.float64), torch.randint(30, shape)
+        share = None if len(shape) == 1 else torch.full(shape, 0.5, dtype=torch.float64)
+        for model in (layer, dense):
+            model(x, y, share).backward()
+    theirs.step()
+    layer.step(0.1)
+    assert_same_weight(layer, dense, 1e-12)
+
+
 def test_class_weights_need_one_target() -> None:
     layer = FactoredOutput(4, 9)
     target = torch.zeros(3, 2, dtype=torch.int64)

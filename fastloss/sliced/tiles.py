@@ -52,7 +52,6 @@ def cumulative(weights: Tensor | None, order: Tensor) -> Tensor:
         return (torch.arange(1, n + 1, dtype=torch.float64, device=order.device) / n).repeat(len(order), 1)
     weights = weights[order]
     ends = weights.cumsum(1)
-    ends = ends - (ends.detach() - 1).clamp_(min=0)  # rounding may pass one before
     left = (weights > 0).flip(1).cumsum(1).flip(1)  # atoms of positive weight from here on
     return torch.where((left == 0) | ((left == 1) & (weights > 0)), 1.0, ends)
 

@@ -95,7 +95,8 @@ def info_nce(
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
-        The result does not depend on the number of threads as far as the BLAS library's products do not.
+        The result does not depend on the number of threads as far as the BLAS library's products do not (MKL's do on
+        some processors, for deep and narrow ones).
 
     Source:
         van den Oord, Li and Vinyals, *Representation learning with contrastive predictive coding*, 2018.

@@ -491,7 +491,7 @@ class TestPerRowTemperature:
 
 
 def blas_repeats() -> bool:
-    """Whether products have the same bits with one thread and with two: MKL splits deep and narrow ones over threads."""
+    """Whether products have the same bits with one thread and with two: MKL splits some over threads."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(188, 1024, generator=generator), torch.randn(1024, 16, generator=generator)
     products: dict[int, list[Tensor]] = {1: [], 2: []}

@@ -96,6 +96,14 @@ def test_vmap_equals_a_loop(op: Op) -> None:
 
 
 @every_op
+def test_vmap_over_nothing_is_empty(op: Op) -> None:
+    leaves, loss = differentiable(op, op.sample())
+    batch = [x.detach().new_zeros((0, *x.shape)) for x in leaves]
+    assert torch.func.vmap(loss)(*batch).shape == (0,)
+    assert torch.func.vmap(torch.func.grad(loss))(*batch).shape == batch[0].shape
+
+
+@every_op
 @pytest.mark.parametrize("isa", native_core().supported_isas().split(","))
 def test_every_instruction_set_agrees_with_the_portable_backend(op: Op, isa: str) -> None:
     core = native_core()

@@ -19,20 +19,17 @@ SAMPLERS = ("random", "orthogonal", "qmc")
 # ---------------------------------------------------------------- checks
 
 
-# Numbers may be NumPy's. Python's own types are asked for first: they are all that Dynamo knows.
-
-
 def check_p(function: str, p: Any) -> float:
-    if isinstance(p, bool) or not (isinstance(p, (int, float)) or isinstance(p, numbers.Real)):
+    if isinstance(p, bool) or not isinstance(p, (int, float, numbers.Real)):  # NumPy's as well
         raise TypeError(f"{function}: `p` must be a number, got {type(p).__name__}")
-    if not (math.isfinite(p) and p >= 1):
+    power = float(p)
+    if not 1 <= power < math.inf:  # comparisons: torch.compile traces them for a number that it made dynamic
         raise ValueError(f"{function}: `p` must be finite and at least 1, got {p}")
-    return float(p)
+    return power
 
 
 def check_count(function: str, count: Any, name: str = "n_projections") -> int:
-    whole = isinstance(count, int) or isinstance(count, numbers.Integral)
-    if isinstance(count, bool) or not whole or count < 1:
+    if isinstance(count, bool) or not isinstance(count, (int, numbers.Integral)) or int(count) < 1:
         raise ValueError(f"{function}: `{name}` must be an integer >= 1, got {count!r}")
     return int(count)
 
@@ -164,11 +161,12 @@ def paired_clouds(
 def seeded(function: str, seed: Any) -> torch.Generator | None:
     if seed is None or isinstance(seed, torch.Generator):
         return seed
-    if isinstance(seed, bool) or not (isinstance(seed, int) or isinstance(seed, numbers.Integral)):
+    if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         raise TypeError(f"{function}: `seed` must be None, an int or a torch.Generator, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
+    number = int(seed)
+    if not -(2**63) <= number < 2**64:
         raise ValueError(f"{function}: `seed` must be from -2**63 to 2**64 - 1, got {seed}")
-    return torch.Generator().manual_seed(int(seed))
+    return torch.Generator().manual_seed(number)
 
 
 def draw(

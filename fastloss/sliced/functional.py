@@ -67,7 +67,8 @@ def sliced_wasserstein(
         sampler: "random" (uniform on the sphere), "orthogonal" (rows of random orthogonal matrices, d at a time) or
             "qmc" (a scrambled Sobol sequence mapped to the sphere; under ``torch.func.vmap`` it needs
             ``randomness="same"``).
-        generator: of the random numbers; None for torch's default one.
+        generator: of the random numbers; None for torch's default one. ``torch.compile(fullgraph=True)`` traces neither
+            generators nor "qmc".
         root: True gives (SW_p^p)^(1/p) of each pair of clouds; its gradient is defined as zero where it is zero.
         streaming: True draws and uses directions block by block, so that not even they are stored: memory does not
             depend on L. Excludes `projections`.

@@ -40,8 +40,8 @@ def sliced_wasserstein_distance(
         n_projections: directions drawn >= 1; ignored with `projections`.
         p: >= 1.
         projections: (d, L), columns, used as they are. Differentiable.
-        seed: an int from -2**63 to 2**64 - 1 seeds a generator of this call; a ``torch.Generator`` is used and advanced;
-            None draws from torch's default generator (POT has one of its own).
+        seed: an int from -2**63 to 2**64 - 1 seeds a generator of this call; a ``torch.Generator`` is used and
+            advanced; None draws from torch's default generator (POT has one of its own).
         log: True returns ``(value, {"projections": (d, L), "projected_emds": (L,)})``, with W_p^p of each direction.
         scaler: None, an object with ``transform``, or a callable, applied to both clouds first.
 

@@ -348,6 +348,17 @@ def test_every_mode_gives_the_same_numbers(loss: Any, mode: str) -> None:
     assert_equal_to_rounding(got, want, terms=200)
 
 
+def test_compiled_with_numbers_that_vary() -> None:
+    x, y = clouds()
+
+    def loss(x: Tensor, y: Tensor, p: float) -> Tensor:
+        return fastloss.sliced_wasserstein(x, y, p=p, projections=THETA)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for p in (1.5, 2.5, 3.5):
+        assert torch.equal(compiled(x, y, p), loss(x, y, p))
+
+
 def test_random_directions_of_each_element_of_vmap() -> None:
     x, y = clouds()
     batch = x.expand(3, -1, -1)

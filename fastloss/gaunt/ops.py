@@ -10,7 +10,7 @@ itself. Multiply-adds a lane, two factors of degree L, output 2L: 16 L^3 for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from fastloss._ops import LIBRARY, define
+from fastloss._backends import implementation
+from fastloss._ops import LIBRARY, define, unobserved
 from fastloss.gaunt import program as programs
-from fastloss.gaunt.program import Program, degree_of
+from fastloss.gaunt.program import Program
 
 _SCHEMAS = {"gaunt_ring_fwd": "(Tensor[] inputs, str program, bool channels_last, bool direct) -> Tensor[]"}
 
@@ -57,6 +58,7 @@ torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=LIBRARY)
 class How(NamedTuple):
     channels_last: bool
     direct: bool
+    ordinary: bool = False  # the inputs are known to be `unobserved`
 
 
 class _Ring(torch.autograd.Function):
@@ -74,12 +76,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        inputs = ctx.saved_tensors
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        out: list[Tensor | None] = [None] * len(inputs)
-        for i, value in zip(wanted, _gradients(ctx.program, ctx.how, inputs, grads, wanted), strict=True):
-            out[i] = value
-        return (None, None, *out)
+        return None, None, *_gradients(ctx.program, ctx.how, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
 
     @staticmethod
     def jvp(ctx: Any, _program: Any, _how: Any, *tangents: Tensor | None) -> Any:
@@ -88,29 +85,52 @@ class _Ring(torch.autograd.Function):
 
 def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Runs the program without the inputs that no term has."""
+    if not torch.is_grad_enabled() and not _forward_mode():
+        return _below_autograd(program, how, inputs)
     keep, text = program.compact()
-    result: list[Tensor] = _op([inputs[i] for i in keep], text, *how)
-    return result
+    return _run([inputs[i] for i in keep], text, how)
 
 
 def _below_autograd(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
+    keep, text = program.compact()
+    return _plain([inputs[i] for i in keep], text, how)
+
+
+def _plain(inputs: list[Tensor], text: str, how: How) -> list[Tensor]:
+    """The op without derivatives."""
+    result: list[Tensor]
     with torch._C._AutoDispatchBelowAutograd():
-        return _call(program, how, inputs)
+        if how.ordinary or unobserved(inputs):
+            kernel = implementation("gaunt", inputs[0].device).gaunt_ring_fwd
+            result = kernel(inputs, programs.parse(text), how.channels_last, how.direct)
+        else:
+            result = _op(inputs, text, how.channels_last, how.direct)
+    return result
+
+
+def _run(inputs: list[Tensor], text: str, how: How) -> list[Tensor]:
+    """The op with derivatives."""
+    if how.ordinary or unobserved(inputs):
+        return _autograd(inputs, text, how.channels_last, how.direct, True)
+    result: list[Tensor] = _op(inputs, text, how.channels_last, how.direct)
+    return result
 
 
 def _gradients(
-    program: Program, how: How, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], wanted: list[int]
-) -> list[Tensor]:
-    present = [o for o, g in enumerate(grads) if g is not None]
-    degrees = [degree_of(inputs[i], how.channels_last) for i in wanted]
-    gradient = program.gradient(tuple(wanted), tuple(degrees), tuple(present), len(inputs))
-    return _call(gradient, how, [*inputs, *(g for g in grads if g is not None)])
+    program: Program, how: How, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    where = -2 if how.channels_last else -1
+    given = [g for g in grads if g is not None]
+    present = tuple([g is not None for g in grads])
+    gradient = program.gradient(needs, tuple([x.shape[where] for x in inputs]), present)
+    values = iter(_call(gradient, how._replace(ordinary=False), [*inputs, *given]))
+    return [next(values) if need else None for need in needs]
 
 
 def _tangents(program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
     moved = program.tangent(tuple(moving), len(inputs))
-    return _call(moved, how, [*inputs, *(t for t in tangents if t is not None)])
+    return _call(moved, how._replace(ordinary=False), [*inputs, *(t for t in tangents if t is not None)])
 
 
 def _forward_mode() -> bool:
@@ -121,9 +141,7 @@ def _autograd(inputs: list[Tensor], text: str, *how: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
-        with torch._C._AutoDispatchBelowAutograd():
-            plain: list[Tensor] = _op(inputs, text, *how)
-            return plain
+        return _plain(inputs, text, How(*how))
     program = programs.parse(text)
     # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
     apply = super(torch.autograd.Function, _Ring).apply
@@ -136,13 +154,14 @@ def _autograd(inputs: list[Tensor], text: str, *how: bool) -> list[Tensor]:
 LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
 
 
-def multiply(
-    inputs: list[Tensor], factors: Sequence[int], degree: int, *, channels_last: bool = False, direct: bool = False
-) -> Tensor:
-    """The product of the inputs with these numbers, up to a degree.
+def multiplier(
+    factors: Sequence[int], degree: int, *, channels_last: bool = False, direct: bool = False, ordinary: bool = False
+) -> Callable[[list[Tensor]], Tensor]:
+    """The product of the inputs with these numbers, up to a degree, as a function of the inputs.
 
     inputs: (..., (degree + 1)^2) or with channels last (..., (degree + 1)^2, channels), the
-    other sizes those of all; float32 or float64.
+    other sizes those of all; float32 or float64. `ordinary`: they are all `unobserved`.
     """
-    result: Tensor = _op(inputs, f"{degree}:1 1 {len(factors)} {' '.join(map(str, factors))}", channels_last, direct)[0]
-    return result
+    program = f"{degree}:1 1 {len(factors)} {' '.join(map(str, factors))}"
+    how = How(channels_last, direct, ordinary)
+    return lambda inputs: _run(inputs, program, how)[0]

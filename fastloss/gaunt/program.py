@@ -92,23 +92,27 @@ class Program:
         return made
 
     @lru_cache(maxsize=4096)  # noqa: B019 - programs are few and small
-    def gradient(
-        self, wanted: tuple[int, ...], degrees: tuple[int, ...], present: tuple[int, ...], inputs: int
-    ) -> Program:
-        """Gradients, of these degrees, of sum_o <input inputs + n, output present_n> with respect to `wanted`."""
+    def gradient(self, needs: tuple[bool, ...], sizes: tuple[int, ...], present: tuple[bool, ...]) -> Program:
+        """Gradients of sum_o <gradient of output o, output o> with respect to the inputs that need one.
+
+        sizes: numbers of coefficients of the inputs, which are inputs of the gradient, too; behind them, it has the
+        gradients of the outputs for which there is one.
+        """
+        wanted = [i for i, need in enumerate(needs) if need]
+        terms = [self.outputs[o] for o, there in enumerate(present) if there]
         outputs = []
         for i in wanted:
             found: dict[tuple[int, ...], int] = {}
-            for n, o in enumerate(present):
-                for term in self.outputs[o]:
+            for n, of_output in enumerate(terms):
+                for term in of_output:
                     times = term.factors.count(i)
                     if times:
                         others = list(term.factors)
                         others.remove(i)
-                        key = tuple(sorted((*others, inputs + n)))
+                        key = tuple(sorted((*others, len(needs) + n)))
                         found[key] = found.get(key, 0) + times * term.coefficient
             outputs.append(tuple(Term(c, key) for key, c in found.items()))
-        return Program(degrees, tuple(outputs))
+        return Program(tuple(degree_of_size(sizes[i]) for i in wanted), tuple(outputs))
 
     @lru_cache(maxsize=4096)  # noqa: B019
     def tangent(self, moving: tuple[int, ...], inputs: int) -> Program:

@@ -14,8 +14,10 @@ import torch
 import torch._dynamo
 from e3nn import o3
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastloss
+from fastloss.gaunt import ops, portable
 from tests.gaunt.test_values import F64, METHODS, e3nn_constant, e3nn_product, functions
 from tests.support import assert_equal_to_rounding
 
@@ -287,3 +289,64 @@ def test_factor_of_a_constant() -> None:
     one = torch.tensor([math.sqrt(4 * math.pi)], dtype=F64)
     x = functions(3, l=3)
     assert_equal_to_rounding(fastloss.gaunt_tensor_product(x, one), x, terms=16)
+
+
+class TestShortWay:
+    """Ordinary tensors go past the dispatcher; whatever has to see the op still does."""
+
+    def test_modes_see_the_op(self) -> None:
+        class Seen(TorchDispatchMode):
+            def __init__(self) -> None:
+                super().__init__()
+                self.names: list[str] = []
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.names.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        x, y = (t.requires_grad_() for t in pair(3))
+        with Seen() as seen:
+            fastloss.gaunt_tensor_product(x, y).sum().backward()
+        assert seen.names.count("fastloss.gaunt_ring_fwd.default") == 2
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_traced_graph_has_the_op(self) -> None:
+        traced = torch.jit.trace(fastloss.gaunt_tensor_product, pair(3), check_trace=False)
+        assert "fastloss::gaunt_ring_fwd" in str(traced.graph)
+
+    def test_negative_view_is_resolved(self) -> None:
+        x, y = pair(3)
+        negative = torch._neg_view(x)
+        assert negative.is_neg()
+        torch.testing.assert_close(
+            fastloss.gaunt_tensor_product(negative, y), fastloss.gaunt_tensor_product(-x, y), rtol=0, atol=0
+        )
+
+    def test_backend_is_obeyed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        called = []
+        monkeypatch.setattr(portable, "gaunt_ring_fwd", lambda *args: called.append(args) or [torch.zeros(3, 16)])
+        with fastloss.use_backend("portable"):
+            fastloss.gaunt_tensor_product(*pair(3))
+        assert len(called) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"lmax_out": True}, TypeError, "`lmax_out` must be an int, got bool"),
+            ({"lmax_out": [1]}, TypeError, "`lmax_out` must be an int, got list"),
+            ({"lmax_out": -1}, ValueError, "`lmax_out` must be at least 0, got -1"),
+            ({"method": ["ring"]}, ValueError, "`method` must be one of"),
+            ({"method": "rings"}, ValueError, "`method` must be one of"),
+        ],
+    )
+    def test_bad_arguments_are_still_seen(self, options: dict[str, Any], error: type[Exception], message: str) -> None:
+        x, y = pair(3)
+        fastloss.gaunt_tensor_product(x, y, 1)  # of which True would be the same key
+        with pytest.raises(error, match=message):
+            fastloss.gaunt_tensor_product(x, y, **options)
+
+    def test_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ops, "_op", None)
+        x, y = (t.requires_grad_() for t in pair(3))
+        for method in ("auto", "ring"):
+            fastloss.gaunt_tensor_product(x, y, method=method).sum().backward()

@@ -23,6 +23,10 @@ def _build(kind: str, arguments: list[int], dtype: torch.dtype, device: torch.de
         return tables.columns(arguments[0], device)
     if kind == "order_columns":
         return tables.order_columns(arguments[0], device)
+    if kind in ("irreps_columns", "irreps_entries"):
+        channels, *degrees = arguments
+        places: Tensor = getattr(tables, kind)(channels, tuple(degrees), device)
+        return places
     result = getattr(tables, kind)(*arguments, dtype, device)
     table: Tensor = result[int(part)] if part.isdigit() else getattr(result, part)
     return table

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import FLOATS, check_device
+from fastloss._checks import FLOATS, check_device, check_flag, check_strided
 from fastloss._ops import unobserved
 from fastloss.gaunt.constants import norms, table
 from fastloss.gaunt.harmonics import harmonics
@@ -61,8 +63,9 @@ def gaunt_tensor_product(
             computed as one.
         lmax_out: degrees 0..lmax_out are returned; None for l1 + l2, all there are. Beyond that: zeros.
         weights: None, or three tensors or Nones: a factor for each degree of x1 (..., l1 + 1), of x2 (..., l2 + 1) and
-            of the output (..., lmax_out + 1). Leading dimensions broadcast with those of the coefficients. Path
-            (l1, l2, l3) has the product of its three factors. Differentiable.
+            of the output (..., lmax_out + 1). Leading dimensions broadcast with those of the coefficients; with `dim` =
+            -2 they are (..., C), degrees stay last. Path (l1, l2, l3) has the product of its three factors, not a
+            number of its own: that would take a product a path. Differentiable.
         method: "ring" (exact quadrature over rings of latitude, short Fourier series on each), "direct" (the sparse
             Gaunt tensor: for small degrees, its table grows as L⁵), "fft" (double Fourier series), equal to rounding.
             "auto": "direct" where l1 + l2 + lmax_out is at most 12, else "ring". As measured with the native kernels:
@@ -73,15 +76,16 @@ def gaunt_tensor_product(
         dim: -1, or -2 for (..., (l + 1)², C): functions side by side, coefficients in the dimension before.
 
     Returns:
-        (..., (lmax_out + 1)²), the dtype of x1; 16-bit inputs are multiplied and summed in float32 and rounded once.
+        (..., (lmax_out + 1)²), the dtype of the inputs, under autocast the widest of theirs; 16-bit inputs are
+        multiplied and summed in float32 and rounded once.
         Differentiable any number of times, in forward mode, under ``torch.func`` and in ``torch.compile``, where
         ``torch.func.grad`` gives gradients that are differentiated again (forces in a loss). NaN in a function makes
         NaN of what depends on it, and of nothing in other functions.
 
     Raises:
-        TypeError: not tensors, not of one floating dtype; `lmax_out` is not an int.
+        TypeError: not dense tensors, not of one floating dtype (but under autocast); `lmax_out` is not an int.
         ValueError: a last dimension that is not a square, shapes that do not broadcast, devices that differ, weights
-            that do not match the degrees, negative `lmax_out`, unknown `method` or `normalization`.
+            that do not match the degrees or do not broadcast, negative `lmax_out`, unknown `method` or `normalization`.
 
     Memory:
         The inputs for the backward pass, and a scratch of some 40 (l1 + l2)² vectors of 64 bytes a thread (portable
@@ -107,20 +111,22 @@ def gaunt_tensor_product(
             return short
     l1 = _check_function(name, "x1", x1, dim)
     l2 = _check_function(name, "x2", x2, dim)
-    _check_fits(name, "x2", x2, "x1", x1)
+    dtype = _common_dtype(name, ("x1", "x2"), (x1, x2))
     l3 = _check_degree(name, "lmax_out", l1 + l2 if lmax_out is None else lmax_out)
     _check_choice(name, "method", method, METHODS)
     _check_choice(name, "normalization", normalization, NORMALIZATIONS)
     w1, w2, w3 = _check_weights(name, weights, (l1, l2, l3), x1)
+    _check_weights_broadcast(name, (w1, w2, w3), x1, x2, dim)
     squared = x1 is x2 and w1 is w2
-    dtype = x1.dtype
-    a = _scaled(x1, w1, l1, normalization, dim, 1)
-    b = a if squared else _scaled(x2, w2, l2, normalization, dim, 1)
-    if method == "fft":
-        out = _by_fourier(name, a, b, (l1, l2, l3), dim)
+    degree = min(l3, l1 + l2)
+    a = _scaled(x1.to(dtype), w1, l1, normalization, dim, 1)
+    b = a if squared else _scaled(x2.to(dtype), w2, l2, normalization, dim, 1)
+    if method == "fft" and 0 not in (a.numel(), b.numel()):
+        out = _by_fourier(name, a, b, (l1, l2, degree), dim)
     else:
-        out = _multiply(name, [a] if squared else [a, b], (0, 0) if squared else (0, 1), l3, dim, method)
-    return _scaled(out, w3, l3, normalization, dim, -1).to(dtype)
+        out = _multiply(name, [a] if squared else [a, b], (0, 0) if squared else (0, 1), degree, dim, method)
+    w3 = w3 if w3 is None else w3[..., : degree + 1]
+    return _padded(_scaled(out, w3, degree, normalization, dim, -1), degree, l3, dim).to(dtype)
 
 
 def gaunt_product(
@@ -141,7 +147,8 @@ def gaunt_product(
         dim: as :func:`fastloss.gaunt_tensor_product`.
 
     Returns:
-        (..., (lmax_out + 1)²), the dtype of the inputs; 16-bit inputs are multiplied and summed in float32.
+        (..., (lmax_out + 1)²), the dtype of the inputs (under autocast the widest); 16-bit inputs are multiplied and
+        summed in float32.
         Differentiable any number of times; the gradients of all inputs are one call of the same kernel.
 
     Raises:
@@ -209,10 +216,11 @@ def gaunt_power(
         torch.Size([5, 100])
     """
     name = "gaunt_power"
-    if isinstance(degree, bool) or not isinstance(degree, int):
+    if not _is_int(degree):
         raise TypeError(f"{name}: `degree` must be an int, got {type(degree).__name__}")
     if not 1 <= degree <= MOST_FACTORS:
         raise ValueError(f"{name}: `degree` must be from 1 to {MOST_FACTORS}, got {degree}")
+    degree = int(degree)
     return _product(name, ["x"] * degree, [x] * degree, lmax_out, normalization, dim)
 
 
@@ -274,7 +282,7 @@ def gaunt_convolution(
     _check_vectors(name, vectors)
     if vectors.shape[:-1] != x.shape[:1]:
         raise ValueError(f"{name}: `vectors` must have shape ({x.shape[0]}, 3), got {tuple(vectors.shape)}")
-    _check_fits(name, "vectors", vectors, "x", x)
+    dtype = _common_dtype(name, ("x", "vectors"), (x, vectors))
     lf = _check_degree(name, "lmax_filter", lmax_filter)
     l3 = _check_degree(name, "lmax_out", degree + lf if lmax_out is None else lmax_out)
     _check_choice(name, "normalization", normalization, NORMALIZATIONS)
@@ -289,8 +297,8 @@ def gaunt_convolution(
                 + ("" if channels is None else f" or ({x.shape[0]}, {channels}, {lf + 1})")
                 + f", got {tuple(weights.shape)}"
             )
-    dtype = x.dtype
-    filters = _harmonics(vectors, lf, True).to(_wide(x).dtype)
+    x = x.to(dtype)
+    filters = _harmonics(vectors.to(dtype), lf, True).to(_wide(x).dtype)
     filters = filters * norms(normalization, lf, filters)
     if weights is not None:
         w = _wide(weights).index_select(-1, table("degree_index", [lf], x))
@@ -300,8 +308,9 @@ def gaunt_convolution(
         filters = filters.unsqueeze(1) if filters.dim() == 2 else filters
         filters = filters.transpose(1, 2) if dim == -2 else filters
     a = _scaled(x, None, degree, normalization, dim, 1)
-    out = _multiply(name, [a, filters], (0, 1), l3, dim)
-    return _scaled(out, None, l3, normalization, dim, -1).to(dtype)
+    most = min(l3, degree + lf)
+    out = _multiply(name, [a, filters], (0, 1), most, dim)
+    return _padded(_scaled(out, None, most, normalization, dim, -1), most, l3, dim).to(dtype)
 
 
 def spherical_harmonics(
@@ -347,6 +356,7 @@ def spherical_harmonics(
     """
     name = "spherical_harmonics"
     _check_vectors(name, vectors)
+    check_flag(name, "normalize", normalize)
     degree = _check_degree(name, "lmax", lmax)
     _check_choice(name, "normalization", normalization, NORMALIZATIONS)
     values = _harmonics(vectors, degree, normalize)
@@ -385,6 +395,7 @@ def _usual(
         or dtype1 not in (torch.float32, torch.float64)
         or ((l1 + 1) ** 2, (l2 + 1) ** 2) != (size1, size2)
         or min(l1, l2, l3) < 0
+        or l3 > l1 + l2
         or method not in ("auto", "ring", "direct")
     ):
         return None
@@ -422,19 +433,34 @@ def _scaled(x: Tensor, weight: Tensor | None, degree: int, normalization: str, d
     return x
 
 
+def _outer(x: Tensor, dim: int) -> tuple[int, ...]:
+    """All sizes but that of the coefficients."""
+    return tuple(x.shape[:-1]) if dim == -1 else (*x.shape[:-2], x.shape[-1])
+
+
+def _broadcast_shapes(name: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        got = " and ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name}: leading dimensions do not broadcast, got {got}") from error
+
+
 def _broadcast(name: str, xs: Sequence[Tensor], dim: int) -> list[Tensor]:
     """All sizes alike but that of the coefficients."""
-    outer = [x.shape[:-1] if dim == -1 else (*x.shape[:-2], x.shape[-1]) for x in xs]
+    outer = [_outer(x, dim) for x in xs]
     if all(shape == outer[0] for shape in outer):
         return list(xs)
-    try:
-        lead = torch.broadcast_shapes(*outer)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        shapes = " and ".join(str(tuple(shape)) for shape in outer)
-        raise ValueError(f"{name}: leading dimensions do not broadcast, got {shapes}") from error
+    lead = _broadcast_shapes(name, *outer)
     if dim == -1:
         return [x.expand(*lead, x.shape[-1]) for x in xs]
     return [x.expand(*lead[:-1], x.shape[-2], lead[-1]) for x in xs]
+
+
+def _padded(x: Tensor, degree: int, wanted: int, dim: int) -> Tensor:
+    """With zeros for the degrees beyond all that there are."""
+    missing = (wanted + 1) ** 2 - (degree + 1) ** 2
+    return F.pad(x, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else x
 
 
 def _multiply(
@@ -459,9 +485,9 @@ def _product(
     name: str, names: Sequence[str], xs: Sequence[Any], lmax_out: int | None, normalization: str, dim: int
 ) -> Tensor:
     degrees = [_check_function(name, argument, x, dim) for argument, x in zip(names, xs, strict=True)]
-    for argument, x in zip(names[1:], xs[1:], strict=True):
-        _check_fits(name, argument, x, names[0], xs[0])
-    degree = _check_degree(name, "lmax_out", sum(degrees) if lmax_out is None else lmax_out)
+    dtype = _common_dtype(name, names, xs)
+    wanted = _check_degree(name, "lmax_out", sum(degrees) if lmax_out is None else lmax_out)
+    degree = min(wanted, sum(degrees))
     _check_choice(name, "normalization", normalization, NORMALIZATIONS)
     distinct: list[int] = []  # positions of the first of each tensor
     factors = []
@@ -470,9 +496,9 @@ def _product(
         if not same:
             distinct.append(i)
         factors.append(same[0] if same else len(distinct) - 1)
-    scaled = [_scaled(xs[i], None, degrees[i], normalization, dim, 1) for i in distinct]
+    scaled = [_scaled(xs[i].to(dtype), None, degrees[i], normalization, dim, 1) for i in distinct]
     out = _multiply(name, scaled, factors, degree, dim)
-    return _scaled(out, None, degree, normalization, dim, -1).to(xs[0].dtype)
+    return _padded(_scaled(out, None, degree, normalization, dim, -1), degree, wanted, dim).to(dtype)
 
 
 # ---------------------------------------------------------------- checks
@@ -480,11 +506,12 @@ def _product(
 
 def _check_function(name: str, argument: str, x: Any, dim: Any) -> int:
     """The degree of the functions in x."""
-    if dim not in (-1, -2):
+    if not _is_int(dim) or dim not in (-1, -2):
         raise ValueError(f"{name}: `dim` must be -1 or -2, got {dim!r}")
     shape = "(..., (l + 1)²)" if dim == -1 else "(..., (l + 1)², C)"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: `{argument}` must be a tensor of shape {shape}, got {type(x).__name__}")
+    check_strided(name, argument, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: `{argument}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() < -dim:
@@ -499,18 +526,29 @@ def _check_function(name: str, argument: str, x: Any, dim: Any) -> int:
     return degree
 
 
-def _check_fits(name: str, argument: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.dtype != other.dtype:
-        raise TypeError(f"{name}: `{argument}` must be {other.dtype} as `{other_name}`, got {x.dtype}")
-    check_device(name, argument, x, other_name, other)
+def _common_dtype(name: str, names: Sequence[str], xs: Sequence[Tensor]) -> torch.dtype:
+    """That of all; under autocast, whose layers may hand over several, the widest."""
+    first, dtype = xs[0], xs[0].dtype
+    for argument, x in zip(names[1:], xs[1:], strict=True):
+        check_device(name, argument, x, names[0], first)
+        if x.dtype != first.dtype:
+            if not torch.is_autocast_enabled(first.device.type):
+                raise TypeError(f"{name}: `{argument}` must be {first.dtype} as `{names[0]}`, got {x.dtype}")
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def _is_int(value: Any) -> bool:
+    """Python's or NumPy's."""
+    return not isinstance(value, bool) and isinstance(value, (int, Integral))
 
 
 def _check_degree(name: str, argument: str, degree: Any) -> int:
-    if isinstance(degree, bool) or not isinstance(degree, int):
+    if not _is_int(degree):
         raise TypeError(f"{name}: `{argument}` must be an int, got {type(degree).__name__}")
     if degree < 0:
         raise ValueError(f"{name}: `{argument}` must be at least 0, got {degree}")
-    return degree
+    return degree if isinstance(degree, int) else int(degree)
 
 
 def _check_choice(name: str, argument: str, value: Any, choices: Sequence[str]) -> None:
@@ -534,6 +572,7 @@ def _check_weights(
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
             got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             raise TypeError(f"{name}: `{argument}` must be a floating-point tensor (..., {degree + 1}), got {got}")
+        check_strided(name, argument, weight)
         if weight.dim() == 0 or weight.shape[-1] != degree + 1:
             raise ValueError(
                 f"{name}: `{argument}` must have shape (..., {degree + 1}), a factor for each of the degrees "
@@ -543,9 +582,29 @@ def _check_weights(
     return list(weights)
 
 
+def _check_weights_broadcast(name: str, weights: Sequence[Tensor | None], x1: Tensor, x2: Tensor, dim: int) -> None:
+    """Each with the functions that it belongs to: the last with the product of the others."""
+    if all(w is None for w in weights):
+        return
+    shapes = [_outer(x, dim) for x in (x1, x2)]
+    for i, weight in enumerate(weights):
+        if i == 2:
+            shapes.append(_broadcast_shapes(name, *shapes))
+        if weight is None:
+            continue
+        try:
+            shapes[i] = tuple(torch.broadcast_shapes(weight.shape[:-1], shapes[i]))  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}: `weights[{i}]` must have leading dimensions that broadcast with {shapes[i]}, got shape "
+                f"{tuple(weight.shape)}, of which the last are degrees"
+            ) from error
+
+
 def _check_vectors(name: str, vectors: Any) -> None:
     if not isinstance(vectors, Tensor):
         raise TypeError(f"{name}: `vectors` must be a tensor of shape (..., 3), got {type(vectors).__name__}")
+    check_strided(name, "vectors", vectors)
     if vectors.dtype not in FLOATS:
         raise TypeError(f"{name}: `vectors` must be float64, float32, bfloat16 or float16, got {vectors.dtype}")
     if vectors.dim() == 0 or vectors.shape[-1] != 3:

@@ -37,7 +37,10 @@ def harmonics(vectors: Tensor, degree: int, normalize: bool) -> Tensor:
     waves, sines = torch.stack(cosine, -1), torch.stack(sine, -1)
     diagonal = math.sqrt(1 / (4 * math.pi))
     before: Tensor | None = None
-    here = torch.full_like(x, diagonal).unsqueeze(-1)
+    constant = torch.full_like(x, diagonal)
+    if degree == 0:  # nothing else is there to keep the graph: a sum of no components, of gradient zero
+        constant = constant + vectors[..., :0].sum(-1)
+    here = constant.unsqueeze(-1)
     rows = [here]
     for n in range(1, degree + 1):
         a, b = (table(f"recurrence.{part}", [n], x) for part in (0, 1))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastloss._checks import check_flag
+from fastloss.gaunt.constants import table
 from fastloss.gaunt.functional import METHODS, gaunt_tensor_product
 from fastloss.gaunt.tables import NORMALIZATIONS
 
@@ -33,16 +35,6 @@ class _Signal(NamedTuple):
     def __str__(self) -> str:
         letter = {1: "e", -1: "o"}
         return "+".join(f"{self.channels}x{n}{letter[self.parity * (-1) ** n]}" for n in self.degrees)
-
-    def columns(self) -> Tensor:
-        """(channels, (lmax + 1)²): where each coefficient is in the irreps' layout, `dim` where there is none."""
-        index = torch.full((self.channels, (self.lmax + 1) ** 2), self.dim)
-        start = 0
-        for n in self.degrees:
-            size = self.channels * (2 * n + 1)
-            index[:, n * n : (n + 1) ** 2] = torch.arange(start, start + size).view(self.channels, 2 * n + 1)
-            start += size
-        return index
 
 
 def _parse(argument: str, irreps: Any) -> _Signal:
@@ -77,9 +69,9 @@ def _couples(a: _Signal, b: _Signal, degree: int) -> bool:
 class GauntTensorProduct(nn.Module):
     """Channel by channel :func:`fastloss.gaunt_tensor_product` between irreps, in e3nn's layout and parity.
 
-    Path (l1, l2, l3) of channel c has the weight w1[c, l1] w2[c, l2] w3[c, l3], three factors instead of one number, so
-    that the product stays O(L³). It is not e3nn's tensor product: there is no path with odd l1 + l2 + l3 (no cross
-    product).
+    Path (l1, l2, l3) of channel c has the weight w1[c, l1] w2[c, l2] w3[c, l3]: three factors, not a number of its own
+    as in e3nn, since a number for each path would take one product a path instead of one in all. Nor are there paths
+    with odd l1 + l2 + l3 (no cross product).
 
     Args:
         irreps_in1: irreps of the first input, as a string ("16x0e + 16x1o + 16x2e") or e3nn ``Irreps``: one
@@ -87,10 +79,12 @@ class GauntTensorProduct(nn.Module):
             (0e, 1o, 2e, ...) or all reversed (0o, 1e, 2o, ...). Degrees may be left out, and come in any order.
         irreps_in2: the same for the second input; its multiplicity is the same or 1 (shared by all channels).
         irreps_out: what is returned; None for all that couple, in the order of degrees. Parities multiply.
-        internal_weights: learn the weights (initially 1). False: all are 1.
+        internal_weights: learn the weights, initially 1: `weight1`, `weight2` and `weight3`, each (multiplicity of its
+            irreps, their largest degree + 1); those of degrees that are left out do nothing. False: all are 1.
         normalization, method: as :func:`fastloss.gaunt_tensor_product`.
 
     Raises:
+        TypeError: `internal_weights` is not a bool.
         ValueError: irreps that cannot be read, that are not those of channels of functions, or that do not couple.
 
     Example:
@@ -99,9 +93,6 @@ class GauntTensorProduct(nn.Module):
         torch.Size([10, 72])
     """
 
-    columns1: Tensor
-    columns2: Tensor
-    columns_out: Tensor
     weight1: Tensor | None
     weight2: Tensor | None
     weight3: Tensor | None
@@ -118,6 +109,7 @@ class GauntTensorProduct(nn.Module):
     ) -> None:
         super().__init__()
         name = "GauntTensorProduct"
+        check_flag(name, "internal_weights", internal_weights)
         for argument, value, choices in (
             ("normalization", normalization, NORMALIZATIONS),
             ("method", method, METHODS),
@@ -143,13 +135,8 @@ class GauntTensorProduct(nn.Module):
             why = f"nothing couples to degree {lost[0]}" if lost else "the parities multiply to the others"
             raise ValueError(f"{name}: `irreps_out` must come from {a} times {b}, but {why}; got {out}")
         self.irreps_in1, self.irreps_in2, self.irreps_out = str(a), str(b), str(out)
-        self.dim1, self.dim2 = a.dim, b.dim
+        self._signals = a, b, out
         self.lmax_out, self.normalization, self.method = out.lmax, normalization, method
-        for key, signal in (("columns1", a), ("columns2", b), ("columns_out", out)):
-            columns = signal.columns()
-            if signal is out:  # the other way round: where each entry of the irreps comes from
-                columns = columns.flatten().argsort()[: signal.dim]
-            self.register_buffer(key, columns, persistent=False)
         for key, signal in (("weight1", a), ("weight2", b), ("weight3", out)):
             shape = (signal.channels, signal.lmax + 1)
             weight = nn.Parameter(torch.ones(shape)) if internal_weights else None
@@ -159,21 +146,25 @@ class GauntTensorProduct(nn.Module):
         return f"{self.irreps_in1} x {self.irreps_in2} -> {self.irreps_out}"
 
     def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
-        for argument, x, signal, size in (
-            ("x1", x1, self.irreps_in1, self.dim1),
-            ("x2", x2, self.irreps_in2, self.dim2),
-        ):
-            if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != size:
+        """(..., size of irreps_in1), (..., size of irreps_in2): (..., size of irreps_out), as the function's result."""
+        *signals, out = self._signals
+        for argument, x, signal in zip(("x1", "x2"), (x1, x2), signals, strict=True):
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[-1] != signal.dim:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise ValueError(
-                    f"GauntTensorProduct: `{argument}` must have shape (..., {size}) for {signal}, got {got}"
+                    f"GauntTensorProduct: `{argument}` must have shape (..., {signal.dim}) for {signal}, got {got}"
                 )
-        out = gaunt_tensor_product(
-            F.pad(x1, (0, 1))[..., self.columns1],
-            F.pad(x2, (0, 1))[..., self.columns2],
+        # Tables, not buffers: they are not lost where a module comes from the meta device.
+        functions = [
+            F.pad(x, (0, 1))[..., table("irreps_columns", [signal.channels, *signal.degrees], x)]
+            for x, signal in zip((x1, x2), signals, strict=True)
+        ]
+        product = gaunt_tensor_product(
+            functions[0],
+            functions[1],
             self.lmax_out,
             weights=None if self.weight1 is None else (self.weight1, self.weight2, self.weight3),
             method=self.method,
             normalization=self.normalization,
         )
-        return out.flatten(-2)[..., self.columns_out]
+        return product.flatten(-2)[..., table("irreps_entries", [out.channels, *out.degrees], product)]

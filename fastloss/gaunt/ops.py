@@ -55,6 +55,22 @@ def _vmap(info: Any, in_dims: Any, inputs: Any, *rest: Any) -> tuple[Any, Any]:
 torch.library.register_vmap("fastloss::gaunt_ring_fwd", _vmap, lib=LIBRARY)
 
 
+def _legacy_vmap(inputs: list[Tensor], *rest: Any) -> list[Tensor]:
+    """The vmap beneath torch.autograd's `vectorize` and `is_grads_batched`, older than torch.func's."""
+    levels = range(torch._C._vmapmode_increment_nesting() - 1, 0, -1)
+    torch._C._vmapmode_decrement_nesting()
+    for level in levels:  # a tensor without this level gets a dimension of size 1
+        inputs = [torch._remove_batch_dim(x, level, 1, 0) for x in inputs]
+    lead = torch.broadcast_shapes(*(x.shape[: len(levels)] for x in inputs))
+    outputs = _op([x.expand(*lead, *x.shape[len(levels) :]) for x in inputs], *rest)
+    for level in reversed(levels):
+        outputs = [torch._add_batch_dim(x, 0, level) for x in outputs]
+    return list(outputs)
+
+
+LIBRARY.impl("gaunt_ring_fwd", _legacy_vmap, "Batched")
+
+
 class How(NamedTuple):
     channels_last: bool
     direct: bool

@@ -251,6 +251,25 @@ def order_columns(degree: int, device: torch.device) -> Tensor:
     return torch.tensor(places, device=device)
 
 
+@_table
+def irreps_columns(channels: int, degrees: tuple[int, ...], device: torch.device) -> Tensor:
+    """(channels, (lmax + 1)^2): where each coefficient is in the layout of irreps, their size where there is none."""
+    index = torch.full((channels, (max(degrees) + 1) ** 2), channels * sum(2 * n + 1 for n in degrees))
+    start = 0
+    for n in degrees:
+        size = channels * (2 * n + 1)
+        index[:, n * n : (n + 1) ** 2] = torch.arange(start, start + size).view(channels, 2 * n + 1)
+        start += size
+    return index.to(device)
+
+
+@_table
+def irreps_entries(channels: int, degrees: tuple[int, ...], device: torch.device) -> Tensor:
+    """The other way round: where each entry of the irreps is in (channels, (lmax + 1)^2), flattened."""
+    index = irreps_columns(channels, degrees, device).flatten()
+    return index.argsort()[: channels * sum(2 * n + 1 for n in degrees)]
+
+
 class Fourier(NamedTuple):
     """Between coefficients and the double Fourier series sum_uv F_uv e^(i (u theta + v phi)), -degree <= u, v."""
 

@@ -7,13 +7,16 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
 from e3nn import o3
 from torch import Tensor
+from torch._vmap_internals import _vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastloss
@@ -274,7 +277,24 @@ class TestModule:
             fastloss.GauntTensorProduct(*arguments)
         assert message in str(error.value)
 
+    @pytest.mark.parametrize("route", ["assign", "to_empty"])
+    def test_comes_from_the_meta_device(self, route: str) -> None:
+        irreps = "4x0e + 4x2e", "1x0e + 1x1o"
+        module = fastloss.GauntTensorProduct(*irreps)
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.normal_()
+        with torch.device("meta"):
+            copied = fastloss.GauntTensorProduct(*irreps)
+        if route == "to_empty":
+            copied = copied.to_empty(device="cpu")
+        copied.load_state_dict(module.state_dict(), assign=route == "assign")
+        x, y = torch.randn(3, 24), torch.randn(3, 4)
+        torch.testing.assert_close(copied(x, y), module(x, y), rtol=0, atol=0)
+
     def test_options_and_inputs_that_do_not_fit(self) -> None:
+        with pytest.raises(TypeError, match="`internal_weights` must be True or False, got NoneType"):
+            fastloss.GauntTensorProduct("0e", "0e", internal_weights=None)  # type: ignore[arg-type]
         options: dict[str, Any]
         for options in ({"method": "grid"}, {"normalization": "none"}):
             with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be one of"):
@@ -289,6 +309,83 @@ def test_factor_of_a_constant() -> None:
     one = torch.tensor([math.sqrt(4 * math.pi)], dtype=F64)
     x = functions(3, l=3)
     assert_equal_to_rounding(fastloss.gaunt_tensor_product(x, one), x, terms=16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_vectorised_autograd(method: str) -> None:
+    """The vmap of torch.autograd itself, also nested."""
+    x, y = pair(2)
+    cubed = lambda x: fastloss.gaunt_tensor_product(x, y, method=method).pow(3).sum()  # noqa: E731
+    expected = torch.func.hessian(cubed)(x)
+    for vectorize in (True, False):
+        actual = torch.autograd.functional.hessian(cubed, x, vectorize=vectorize)
+        assert_equal_to_rounding(actual, expected, terms=16 * 9 * 4)  # coefficients of the output, and of the inputs
+    if method == "fft":
+        return  # einsum itself knows no such vmap
+    rows, columns = functions(3, 2, l=2), functions(5, 2, l=1, seed=1)
+    product = partial(fastloss.gaunt_tensor_product, method=method)
+    outer = _vmap(lambda a: _vmap(lambda b: product(a, b))(columns))(rows)
+    assert_equal_to_rounding(outer, product(rows[:, None], columns[None]), terms=9 * 4)
+
+
+def test_autocast_takes_the_widest_dtype() -> None:
+    x, y = (t.float() for t in pair(3))
+    vectors = torch.randn(3, 3)
+    narrow = x.bfloat16()
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda x: fastloss.gaunt_tensor_product(x, y),
+        lambda x: fastloss.gaunt_product([x, y, x]),
+        lambda x: fastloss.gaunt_convolution(x, vectors, 2),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = call(narrow)
+        assert mixed.dtype == torch.float32
+        torch.testing.assert_close(mixed, call(narrow.float()), rtol=0, atol=0)
+        with pytest.raises(TypeError, match="must be torch\\.bfloat16 as"):
+            call(narrow)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_functions(method: str) -> None:
+    x, y = (t[:0].requires_grad_() for t in pair(2))
+    out = fastloss.gaunt_tensor_product(x, y, 2, method=method)
+    assert out.shape == (0, 9)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (x, y))] == [x.shape, y.shape]
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("method", METHODS)
+def test_degrees_beyond_all_are_zeros_and_cost_nothing(method: str, dim: int) -> None:
+    x, y = pair(2)
+    weight = torch.rand(301, dtype=F64).requires_grad_()
+    if dim == -2:
+        x, y = x.T, y.T
+    few = fastloss.gaunt_tensor_product(x, y, weights=(None, None, weight[:4]), method=method, dim=dim)
+    many = fastloss.gaunt_tensor_product(x, y, 300, weights=(None, None, weight), method=method, dim=dim)
+    assert many.shape[dim] == 301**2
+    torch.testing.assert_close(many.narrow(dim, 0, 16), few, rtol=0, atol=0)
+    assert not many.narrow(dim, 16, 301**2 - 16).any()
+    (gradient,) = torch.autograd.grad(many.sum(), weight)
+    assert not gradient[4:].any()
+    assert fastloss.gaunt_power(x, 2, 300, dim=dim).shape[dim] == 301**2
+
+
+def test_integers_of_numpy() -> None:
+    x, y = pair(2)
+    torch.testing.assert_close(
+        fastloss.gaunt_tensor_product(x, y, np.int64(2)), fastloss.gaunt_tensor_product(x, y, 2), rtol=0, atol=0
+    )
+    torch.testing.assert_close(fastloss.gaunt_power(x, np.int32(2)), fastloss.gaunt_power(x, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_harmonics_of_degree_zero_keep_the_graph(normalize: bool) -> None:
+    vectors = torch.tensor([[1.0, 2.0, math.inf]]).requires_grad_()
+    values = fastloss.spherical_harmonics(vectors, 0, normalize=normalize)
+    torch.testing.assert_close(values, torch.tensor([[1 / math.sqrt(4 * math.pi)]]))
+    (gradient,) = torch.autograd.grad(values.sum(), vectors)
+    assert not gradient.any()
 
 
 class TestShortWay:

@@ -12,8 +12,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_reduction(function: str, reduction: Any) -> None:
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"{function}: `reduction` must be 'none', 'sum' or 'mean', got {reduction!r}")
+    check_choice(function, "reduction", reduction, ("none", "sum", "mean"))
 
 
 def check_floating(function: str, name: str, x: Any, shape: str, dims: int) -> None:
@@ -96,9 +95,9 @@ def check_group(function: str, group: Any) -> None:
         return
     if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
         raise TypeError(f"{function}: `group` must be None or a process group, got {type(group).__name__}")
-    size = torch.distributed.get_world_size(group)
-    if size != 1:
-        raise ValueError(
-            f"{function}: `group` must be None or a process group of one rank in this version of fastloss, "
-            f"got {size} ranks"
-        )
+
+
+def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        shown = ", ".join(repr(choice) for choice in choices[:-1])
+        raise ValueError(f"{function}: `{name}` must be {shown} or {choices[-1]!r}, got {value!r}")

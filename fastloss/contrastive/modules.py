@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from fastloss._checks import check_reduction
+from fastloss._checks import check_choice, check_group, check_reduction
+from fastloss._distributed import SCHEDULES
 from fastloss.contrastive.functional import clip_loss, info_nce, nt_xent
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class InfoNCE(nn.Module):
     """:func:`fastloss.info_nce` as a module; a drop-in for ``info_nce.InfoNCE``.
 
     Args:
-        temperature, reduction, negative_mode, normalize, symmetric: as :func:`fastloss.info_nce`. A temperature that
-            is an ``nn.Parameter`` is learned.
+        temperature, reduction, negative_mode, normalize, symmetric, group, schedule: as :func:`fastloss.info_nce`. A
+            temperature that is an ``nn.Parameter`` is learned, with `group` the same on all ranks.
 
     Example:
         >>> loss = fastloss.InfoNCE(temperature=nn.Parameter(torch.tensor(0.1)))
@@ -30,14 +36,20 @@ class InfoNCE(nn.Module):
         *,
         normalize: bool = True,
         symmetric: bool = False,
+        group: ProcessGroup | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         check_reduction("InfoNCE", reduction)
+        check_group("InfoNCE", group)
+        check_choice("InfoNCE", "schedule", schedule, SCHEDULES)
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode
         self.normalize = normalize
         self.symmetric = symmetric
+        self.group = group
+        self.schedule = schedule
 
     def forward(
         self,
@@ -61,6 +73,8 @@ class InfoNCE(nn.Module):
             query_ids=query_ids,
             key_ids=key_ids,
             extra_negatives=extra_negatives,
+            group=self.group,
+            schedule=self.schedule,
         )
 
     def extra_repr(self) -> str:
@@ -71,15 +85,18 @@ class InfoNCE(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """:func:`fastloss.clip_loss` as a module; a drop-in for ``open_clip.ClipLoss`` in one process.
+    """:func:`fastloss.clip_loss` as a module; a drop-in for ``open_clip.ClipLoss``.
 
     Args:
-        local_loss, gather_with_grad, rank, world_size: open_clip's description of the distributed loss; `world_size`
-            must be 1, which makes the other three irrelevant.
+        local_loss, gather_with_grad: accepted for compatibility: the value and the gradients are always those of the
+            loss over all ranks, as open_clip's with ``gather_with_grad=True``.
         cache_labels: accepted for compatibility; there are no labels to cache.
+        rank, world_size: with a `world_size` above 1, those of the group.
+        group: a process group; by default that of all processes if `world_size` is above 1.
+        schedule: as :func:`fastloss.clip_loss`.
 
     Raises:
-        ValueError: `world_size` is not 1.
+        ValueError: `rank` and `world_size` are not those of the group, or there is none.
     """
 
     def __init__(
@@ -90,17 +107,24 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        group: ProcessGroup | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("ClipLoss: `use_horovod` must be False, got True")
+        check_group("ClipLoss", group)
+        check_choice("ClipLoss", "schedule", schedule, SCHEDULES)
         if world_size != 1:
-            raise ValueError(f"ClipLoss: `world_size` must be 1 in this version of fastloss, got {world_size}")
+            group = _group_of("ClipLoss", group, rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.group = group
+        self.schedule = schedule
 
     def forward(
         self,
@@ -110,7 +134,15 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, output_dict)
+        return clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            output_dict,
+            group=self.group,
+            schedule=self.schedule,
+        )
 
 
 class NTXentLoss(nn.Module):
@@ -119,7 +151,9 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: as :func:`fastloss.nt_xent`.
         memory_bank_size: must be 0; a bank of negatives is ``fastloss.info_nce(..., extra_negatives=bank)``.
-        gather_distributed: True asks for the loss over all ranks; the default process group must then have one.
+        gather_distributed: True asks for the loss over all ranks of `group`, where processes are initialised.
+        group: a process group; by default, with `gather_distributed`, that of all processes.
+        schedule: as :func:`fastloss.nt_xent`.
 
     Raises:
         ValueError: a temperature below 1e-8 in size, or a memory bank.
@@ -130,6 +164,9 @@ class NTXentLoss(nn.Module):
         temperature: float | Tensor = 0.5,
         memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,
+        *,
+        group: ProcessGroup | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(temperature, (Tensor, int, float)):
@@ -143,11 +180,17 @@ class NTXentLoss(nn.Module):
                 f"got {memory_bank_size}"
             )
         self.temperature = temperature
+        check_group("NTXentLoss", group)
+        check_choice("NTXentLoss", "schedule", schedule, SCHEDULES)
         self.gather_distributed = gather_distributed
+        self.group = group
+        self.schedule = schedule
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        distributed = self.gather_distributed and torch.distributed.is_initialized()
-        return nt_xent(out0, out1, self.temperature, group=torch.distributed.group.WORLD if distributed else None)
+        group = self.group
+        if group is None and self.gather_distributed and torch.distributed.is_initialized():
+            group = torch.distributed.group.WORLD
+        return nt_xent(out0, out1, self.temperature, group=group, schedule=self.schedule)
 
     def extra_repr(self) -> str:
         return f"temperature={_shown(self.temperature)}"
@@ -155,3 +198,19 @@ class NTXentLoss(nn.Module):
 
 def _shown(temperature: float | Tensor) -> str:
     return "learned" if isinstance(temperature, Tensor) else str(temperature)
+
+
+def _group_of(module: str, group: ProcessGroup | None, rank: int, world_size: int) -> ProcessGroup:
+    """The group that `rank` and `world_size` describe."""
+    if group is None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(f"{module}: `world_size` must be 1 without initialised processes, got {world_size}")
+        group = torch.distributed.group.WORLD
+        assert group is not None
+    is_rank, is_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    if (rank, world_size) != (is_rank, is_size):
+        raise ValueError(
+            f"{module}: `rank` and `world_size` must be {is_rank} and {is_size}, those of the group, "
+            f"got {rank} and {world_size}"
+        )
+    return group

@@ -35,7 +35,14 @@ _AGREED, _REFUSED = 0.0, 1.0
 _ONE_SCALE, _EITHER, _ROW_SCALES = 0.0, 1.0, 2.0
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 Combine = Callable[[Tensor, Tensor], Tensor]  # adds the second to the first in place
+
+
+def eager(function: F) -> F:
+    """Dynamo breaks its graph here: point-to-point sends and their order are not for it to trace."""
+    result: F = torch.compiler.disable(function)
+    return result
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Tour(Protocol):
         ...
 
 
-@torch.compiler.disable
+@eager
 def agree(
     function: str, group: Any, x: Tensor, scale: Tensor, needs: Sequence[bool], schedule: str, same: dict[str, Any]
 ) -> World | None:
@@ -194,14 +201,14 @@ def _all_sum(group: Any, x: Tensor) -> Tensor:
     return total
 
 
-@torch.compiler.disable
+@eager
 def total(world: World, x: Tensor) -> Tensor:
     """The sum of x over the ranks, on every rank."""
     result: Tensor = _Total.apply(world.group, x)
     return result
 
 
-@torch.compiler.disable
+@eager
 def shared(world: World, scale: Tensor) -> Tensor:
     """The scale (rows,) of this rank's rows, or () of all ranks.
 

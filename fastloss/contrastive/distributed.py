@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._distributed import World
+from fastloss._distributed import World, eager
 from fastloss._ops import accumulation_dtype, needs_grad, once
 from fastloss.contrastive import ops
 from fastloss.contrastive.tiles import KEEP_BYTES, Softmax
 
 
-@torch.compiler.disable
+@eager
 def similarity_lse(
     world: World,
     q: Tensor,  # (n, D), the rank's rows
@@ -49,7 +49,7 @@ def similarity_lse(
     return result
 
 
-@torch.compiler.disable
+@eager
 def self_similarity_lse(
     world: World,  # with the rows of x
     x: Tensor,  # (n, D), the rank's rows

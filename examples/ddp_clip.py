@@ -27,7 +27,7 @@ import fastloss
 
 WIDTH, FEATURES = 128, 32
 CURVE_TOLERANCE = 1e-3  # float32: another order of summation is amplified by training
-RECALL = 0.5  # of 297 held-out right halves, the one that belongs to a left half is among the first ten
+RECALL = 0.2  # of 297 held-out right halves, the one that belongs to a left half is among the first ten; chance: 0.034
 
 
 class Towers(nn.Module):

@@ -5,7 +5,8 @@ returns to their owners what it found out about them: a `Tour`. Two of them, wit
 
 AllGather  all blocks at once; the results go back by one all-to-all. Holds the rows of all ranks.
 Ring       block by block from the right neighbour, the next one travelling while this one is computed with; partial
-           results travel along. Holds two blocks of rows and two of results.
+           results travel along. Holds two blocks of rows and two of results. Blocks are sent again in the backward
+           pass, unless there is only one.
 
 Convention of gradients: those of the *sum over the ranks* of what the ranks return, which is what backward on every
 rank computes. A loss of the same value L on all W ranks so gives W dL/dx to the rows x of a rank, and the average over
@@ -28,9 +29,10 @@ from fastloss._ops import once
 
 SCHEDULES = ("auto", "all-gather", "ring")
 # "auto": up to this size of the rows of all ranks together they are gathered, beyond it they go round in the ring.
-# Gathered rows are held for the backward pass, which the ring has to send again: two thirds of the bytes, any memory.
+# Gathered rows are held for the backward pass, where the ring has to send them again: two thirds of the ring's bytes.
+# If only one block is to be visited, the ring holds it, and gathering has no advantage left.
 GATHER_BYTES = 64 << 20
-_HEADER = 24  # numbers that the ranks show each other before any work
+HEADER = 24  # numbers that the ranks show each other before any work
 _AGREED, _REFUSED = 0.0, 1.0
 _ONE_SCALE, _EITHER, _ROW_SCALES = 0.0, 1.0, 2.0
 
@@ -53,16 +55,20 @@ class World:
     rank: int
     size: int
     rows: tuple[int, ...]  # of each rank
-    gathers: bool
+    schedule: str
+    gathered_bytes: int  # the rows of all ranks
     row_scales: bool  # every row has a scale of its own
 
     def views(self, count: int) -> World:
         """The same with `count` rows for each of a rank's."""
-        return replace(self, rows=tuple(count * n for n in self.rows))
+        rows = tuple(count * n for n in self.rows)
+        return replace(self, rows=rows, gathered_bytes=count * self.gathered_bytes)
 
     def tour(self, hops: int, combine: Combine, held: Sequence[Tensor] = ()) -> Tour:
         """Blocks of the next `hops` ranks; `held` is what an earlier tour left."""
-        return AllGather(self, hops, combine, held) if self.gathers else Ring(self, hops, combine)
+        small = hops > 1 and self.gathered_bytes <= GATHER_BYTES
+        gathers = self.schedule == "all-gather" or (self.schedule == "auto" and small)
+        return (AllGather if gathers else Ring)(self, hops, combine, held)
 
 
 class Tour(Protocol):
@@ -85,12 +91,18 @@ class Tour(Protocol):
 
 @eager
 def agree(
-    function: str, group: Any, x: Tensor, scale: Tensor, needs: Sequence[bool], schedule: str, same: dict[str, Any]
+    function: str,
+    group: Any,
+    x: Tensor,
+    scale: Tensor | None,
+    needs: Sequence[bool],
+    schedule: str,
+    same: dict[str, Any],
 ) -> World | None:
     """The world of a loss whose arguments fit together on all ranks; None for a group of one.
 
-    One small all-gather. `x` is the rank's block of rows, `scale` () or (rows,); `needs` are the tensors that need a
-    gradient; `same` has what must be equal on all ranks, by the words for it.
+    One small all-gather. `x` is the rank's block of rows, `scale` None, () or (rows,); `needs` says which tensors need
+    a gradient; `same` has what must be equal on all ranks, by the words for it.
     """
     size = dist.get_world_size(group)
     if size == 1:
@@ -103,8 +115,10 @@ def agree(
         "which tensors need a gradient": sum(1 << i for i, need in enumerate(needs) if need),
     }
     # One value for one row may be either; the others tell. Reading a value must not wait for a device.
-    kind = _ROW_SCALES if scale.dim() else _EITHER if len(x) == 1 else _ONE_SCALE
-    value = float(scale.detach()) if scale.dim() == 0 and scale.device.type == "cpu" else 0.0
+    kind, value = _EITHER, 0.0
+    if scale is not None:
+        kind = _ROW_SCALES if scale.dim() else _EITHER if len(x) == 1 else _ONE_SCALE
+        value = float(scale.detach()) if scale.dim() == 0 and scale.device.type == "cpu" else 0.0
     header = [_AGREED, zlib.crc32(function.encode()), len(x), kind, value, *(_code(v) for v in same.values())]
     table = _show(group, header)
     for rank, shown in enumerate(table):
@@ -127,8 +141,7 @@ def agree(
     if not row_scales and len(set(values)) > 1:
         raise differ("the scale", [f"{v:g}" for v in values])
     gathered = int(size * max(rows) * x.shape[1] * x.element_size())
-    gathers = schedule == "all-gather" or (schedule == "auto" and gathered <= GATHER_BYTES)
-    return World(group, dist.get_rank(group), size, tuple(int(n) for n in rows), gathers, row_scales)
+    return World(group, dist.get_rank(group), size, tuple(int(n) for n in rows), schedule, gathered, row_scales)
 
 
 def announced(function: str, group: Any, check: Callable[..., T], *args: Any) -> T:
@@ -147,7 +160,7 @@ def _show(group: Any, header: list[float]) -> list[list[float]]:
     """The headers of all ranks; on the CPU if the group has a backend there, where reading them waits for nobody."""
     kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
     device = "cpu" if "cpu" in kinds else kinds[0]
-    mine = torch.tensor(header + [0.0] * (_HEADER - len(header)), dtype=torch.float64, device=device)
+    mine = torch.tensor(header + [0.0] * (HEADER - len(header)), dtype=torch.float64, device=device)
     shown = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shown, mine, group=group)
     table: list[list[float]] = torch.stack(shown).tolist()
@@ -177,11 +190,11 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Any, x: Tensor) -> Tensor:
         ctx.group = group
-        return _all_sum(group, x)
+        return all_sum(group, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, once("contrastive", _all_sum, ctx.group, grad)
+        return None, once("contrastive", all_sum, ctx.group, grad)
 
 
 class _Replicated(torch.autograd.Function):
@@ -192,10 +205,11 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, once("contrastive", _all_sum, ctx.world.group, grad) / ctx.world.size
+        return None, once("contrastive", all_sum, ctx.world.group, grad) / ctx.world.size
 
 
-def _all_sum(group: Any, x: Tensor) -> Tensor:
+def all_sum(group: Any, x: Tensor) -> Tensor:
+    """The sum of x over the ranks, without a gradient."""
     total = x.clone()
     dist.all_reduce(total, group=group)
     return total
@@ -291,9 +305,9 @@ class AllGather:
 
 
 class Ring:
-    def __init__(self, world: World, hops: int, combine: Combine) -> None:
+    def __init__(self, world: World, hops: int, combine: Combine, held: Sequence[Tensor] = ()) -> None:
         self.world, self.hops, self.combine = world, hops, combine
-        self.held: list[Tensor] = []
+        self.held = list(held)
         self.given = 0
         self.partial: Tensor | None = None
         self.works: list[Any] = []
@@ -301,13 +315,16 @@ class Ring:
     def blocks(self, fixed: Sequence[Tensor], fresh: Sequence[Tensor] = ()) -> Iterator[tuple[int, list[Tensor]]]:
         rank, size, rows = self.world.rank, self.world.size, self.world.rows
         block = [x.contiguous() for x in (*fixed, *fresh)]
+        known = len(self.held)
         for hop in range(self.hops):
             following = (rank + hop + 1) % size
-            coming = [x.new_empty((rows[following], *x.shape[1:])) for x in block]
-            works = self._transfer(block, (rank - 1) % size, coming, (rank + 1) % size, tag=0)
+            coming = [x.new_empty((rows[following], *x.shape[1:])) for x in block[known:]]
+            works = self._transfer(block[known:], (rank - 1) % size, coming, (rank + 1) % size, tag=0)
             yield (rank + hop) % size, block
             _wait(works)
-            block = coming
+            block = [*self.held, *coming]
+        if self.hops == 1:
+            self.held = block[: len(fixed)]
         yield (rank + self.hops) % size, block
 
     def give(self, owner: int, part: Tensor) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def info_nce(
@@ -54,7 +55,7 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     extra_negatives: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
     schedule: str = "auto",
 ) -> Tensor:
     r"""InfoNCE loss, without the batch-by-batch matrix of similarities.
@@ -81,8 +82,9 @@ def info_nce(
             (M,) for "unpaired" and (B, M) for "paired" negatives.
         extra_negatives: (M, D) more negatives for every query beside the in-batch ones: a queue, a memory bank, mined
             ones. They join the query-to-key direction. Without ids they are never left out.
-        group: None, or a process group: the rows are those of its rank, and the loss is that of the rows of all ranks,
-            see Several processes. `negative_keys` and `extra_negatives` stay with the queries of their rank.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see Several processes. `negative_keys` and `extra_negatives` stay with the queries
+            of their rank.
         schedule: "all-gather", "ring" or "auto": how rows travel between the ranks.
 
     Returns:
@@ -120,9 +122,11 @@ def info_nce(
 
         "all-gather" sends rows to all ranks at once, and gradients back by one all-to-all, (W - 1) n D numbers each,
         and holds the rows of all ranks. "ring" passes them on from rank to rank while the last ones are computed with,
-        holds two blocks of rows and two of gradients, and sends the rows again in the backward pass. "auto" gathers
-        rows of up to 64 MiB of all ranks together. Similarities are never sent; each is computed on one rank, in the
-        backward pass again but for those kept. Keys travel in their dtype, gradients in the accumulation dtype.
+        holds two blocks of rows and two of gradients, and sends the rows again in the backward pass, unless there is
+        but one block to visit (two ranks; in nt_xent also three). "auto" is "ring" then, and for rows of more than
+        64 MiB of all ranks together; else it is "all-gather". Similarities are never sent; each is computed on one
+        rank, in the backward pass again but for those kept. Rows travel in their dtype, gradients in the accumulation
+        dtype.
         ``torch.compile`` breaks its graph at a loss with `group` (with ``fullgraph=True`` it raises).
 
     Determinism:
@@ -137,7 +141,7 @@ def info_nce(
         tensor(0.5514)
     """
     name = "info_nce"
-    check_group(name, group)
+    group = check_group(name, group)
     query, positive_key, negative_keys, extra_negatives, scale, query_ids, key_ids, extra_ids = announced(
         name, group, _info_nce_arguments, query, positive_key, negative_keys, temperature, reduction, negative_mode,
         symmetric, query_ids, key_ids, extra_negatives, schedule,
@@ -205,7 +209,7 @@ def clip_loss(
     reduction: str = "mean",
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
     schedule: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     r"""CLIP's symmetric contrastive loss, both directions from one sweep over the similarities.
@@ -226,8 +230,8 @@ def clip_loss(
         reduction: "none" gives (B,); "sum"; "mean".
         image_ids: (B,) integers; pairs of equal id other than (i, i) are left out (false negatives).
         text_ids: (B,) integers; by default `image_ids`.
-        group: None, or a process group: the rows are those of its rank, and the loss is that of the rows of all ranks,
-            see :func:`info_nce`.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see :func:`info_nce`.
         schedule: "all-gather", "ring" or "auto": how rows travel between the ranks, see :func:`info_nce`.
 
     Returns:
@@ -248,7 +252,7 @@ def clip_loss(
         tensor(0.0001)
     """
     name = "clip_loss"
-    check_group(name, group)
+    group = check_group(name, group)
     image_features, text_features, scale, bias, image_ids, text_ids = announced(
         name, group, _clip_arguments, image_features, text_features, logit_scale, logit_bias, reduction,
         image_ids, text_ids, schedule,
@@ -284,7 +288,7 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = True,
     ids: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
     schedule: str = "auto",
 ) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: 2B anchors, each against its other view and the 2B - 2 views of the others.
@@ -304,8 +308,8 @@ def nt_xent(
         reduction: "none" gives (2B,), the anchors of z0 first; "sum"; "mean".
         normalize: False takes dot products for c_ij instead of cosines.
         ids: (B,) integers; both views of another sample of equal id are left out (false negatives).
-        group: None, or a process group: the rows are those of its rank, and the loss is that of the rows of all ranks,
-            see :func:`info_nce`.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see :func:`info_nce`.
         schedule: "all-gather", "ring" or "auto": how rows travel between the ranks, see :func:`info_nce`.
 
     Returns:
@@ -326,7 +330,7 @@ def nt_xent(
         tensor(0.5514)
     """
     name = "nt_xent"
-    check_group(name, group)
+    group = check_group(name, group)
     z0, z1, scale, ids = announced(name, group, _nt_xent_arguments, z0, z1, temperature, reduction, ids, schedule)
     b = len(z0)
     if group is not None:

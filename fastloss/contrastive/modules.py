@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from fastloss.contrastive.functional import clip_loss, info_nce, nt_xent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class InfoNCE(nn.Module):
@@ -36,12 +37,12 @@ class InfoNCE(nn.Module):
         *,
         normalize: bool = True,
         symmetric: bool = False,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         schedule: str = "auto",
     ) -> None:
         super().__init__()
         check_reduction("InfoNCE", reduction)
-        check_group("InfoNCE", group)
+        group = check_group("InfoNCE", group)
         check_choice("InfoNCE", "schedule", schedule, SCHEDULES)
         self.temperature = temperature
         self.reduction = reduction
@@ -92,7 +93,7 @@ class ClipLoss(nn.Module):
             loss over all ranks, as open_clip's with ``gather_with_grad=True``.
         cache_labels: accepted for compatibility; there are no labels to cache.
         rank, world_size: with a `world_size` above 1, those of the group.
-        group: a process group; by default that of all processes if `world_size` is above 1.
+        group: a process group or a mesh of one dimension; by default that of all processes if `world_size` is above 1.
         schedule: as :func:`fastloss.clip_loss`.
 
     Raises:
@@ -108,13 +109,13 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         schedule: str = "auto",
     ) -> None:
         super().__init__()
         if use_horovod:
             raise ValueError("ClipLoss: `use_horovod` must be False, got True")
-        check_group("ClipLoss", group)
+        group = check_group("ClipLoss", group)
         check_choice("ClipLoss", "schedule", schedule, SCHEDULES)
         if world_size != 1:
             group = _group_of("ClipLoss", group, rank, world_size)
@@ -152,7 +153,7 @@ class NTXentLoss(nn.Module):
         temperature: as :func:`fastloss.nt_xent`.
         memory_bank_size: must be 0; a bank of negatives is ``fastloss.info_nce(..., extra_negatives=bank)``.
         gather_distributed: True asks for the loss over all ranks of `group`, where processes are initialised.
-        group: a process group; by default, with `gather_distributed`, that of all processes.
+        group: a process group or a mesh of one dimension; by default, with `gather_distributed`, that of all processes.
         schedule: as :func:`fastloss.nt_xent`.
 
     Raises:
@@ -165,7 +166,7 @@ class NTXentLoss(nn.Module):
         memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,
         *,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | DeviceMesh | None = None,
         schedule: str = "auto",
     ) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ class NTXentLoss(nn.Module):
                 f"got {memory_bank_size}"
             )
         self.temperature = temperature
-        check_group("NTXentLoss", group)
+        group = check_group("NTXentLoss", group)
         check_choice("NTXentLoss", "schedule", schedule, SCHEDULES)
         self.gather_distributed = gather_distributed
         self.group = group
@@ -200,13 +201,12 @@ def _shown(temperature: float | Tensor) -> str:
     return "learned" if isinstance(temperature, Tensor) else str(temperature)
 
 
-def _group_of(module: str, group: ProcessGroup | None, rank: int, world_size: int) -> ProcessGroup:
+def _group_of(module: str, group: Any, rank: int, world_size: int) -> Any:
     """The group that `rank` and `world_size` describe."""
     if group is None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(f"{module}: `world_size` must be 1 without initialised processes, got {world_size}")
         group = torch.distributed.group.WORLD
-        assert group is not None
     is_rank, is_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     if (rank, world_size) != (is_rank, is_size):
         raise ValueError(

@@ -6,6 +6,8 @@ Four processes run every case once, in groups of two, three and four of them; th
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,11 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from fastloss.benchmarks import scaling
+from fastloss.benchmarks.scaling import LOSSES, Problem
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastloss
 import fastloss.reference
+from fastloss._distributed import AllGather, Ring, World
 from tests.support import assert_as_accurate_as_torch
 
 WORLDS = {2: [2, 0], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes; of two, in reverse
@@ -233,6 +240,50 @@ def batch() -> Tensor:
     return torch.randn(sum(DDP_ROWS), D, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
+CLASSES = (3, 1, 6, 2)
+LINEAR = ["linear_z_loss", "linear_spherical_softmax_loss", "linear_taylor_softmax_loss", "linear_one_hot_mse_loss"]
+
+
+def linear_arguments() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is the same on all ranks, and what has a row a class."""
+    generator = torch.Generator().manual_seed(5)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    target = torch.randint(sum(CLASSES), (9,), generator=generator)
+    target[2] = -100
+    same = {"hidden": numbers(9, D), "sample_weight": numbers(9).abs(), "target": target}
+    return same, {"weight": numbers(sum(CLASSES), D), "bias": numbers(12) + 3, "class_weight": numbers(12).abs()}
+
+
+def run_linear(function: Any, same: dict[str, Tensor], split: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    tensors = {name: x.clone() for name, x in {**same, **split}.items()}
+    leaves = {name: tensors[name].requires_grad_() for name in ("hidden", "sample_weight", "weight", "bias")}
+    loss = function(**tensors, **options)
+    (1.7 * loss).backward()
+    return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.grad is not None}}
+
+
+def own_of_classes(rank: int, x: Tensor) -> Tensor:
+    return x[sum(CLASSES[:rank]) : sum(CLASSES[: rank + 1])]
+
+
+def split_classes(group: Any) -> dict[str, Any]:
+    rank = distributed.get_rank(group)
+    same, split = linear_arguments()
+    mine = {name: own_of_classes(rank, x) for name, x in split.items()}
+    found: dict[str, Any] = {
+        name: run_linear(getattr(fastloss, name), same, mine, class_group=group) for name in LINEAR
+    }
+    for name, change in (("range", {"target": torch.full((9,), 12)}), ("odd", {"bias": None} if rank == 1 else {})):
+        try:
+            fastloss.linear_z_loss(**{**same, **mine, **change}, class_group=group)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def refusals(group: Any, rank: int) -> dict[str, str]:
     """What a rank hears when the arguments of one do not fit, by name of the fault."""
     x = torch.ones(3, D)
@@ -258,7 +309,86 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
     return heard
 
 
+PROBLEMS = [
+    (Problem(loss, world, 6, 8, 8, 8), schedule) for loss in LOSSES for world in WORLDS for schedule in SCHEDULES
+]
+
+
+@contextmanager
+def counters(size: int) -> Iterator[dict[str, float]]:
+    """Bytes that this rank hands to its transfers, and flops of its matrix products."""
+    counts = {"bytes": 0.0, "flops": 0.0}
+    patch = pytest.MonkeyPatch()
+
+    def watch(owner: Any, name: str, kind: str, cost: Any) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            counts[kind] += cost(*args)
+            return original(*args, **options)
+
+        patch.setattr(owner, name, counted)
+
+    def sends(ops: list[Any]) -> float:
+        return sum(op.tensor.nbytes for op in ops if op.op is distributed.isend)
+
+    gather = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
+    watch(distributed, "batch_isend_irecv", "bytes", sends)
+    watch(distributed, "all_to_all_single", "bytes", lambda out, x, *_: x.nbytes)
+    watch(distributed, "all_gather", "bytes", lambda out, x: (size - 1) * x.nbytes)
+    watch(distributed, gather, "bytes", lambda out, x: (size - 1) * x.nbytes)
+    watch(distributed, "all_reduce", "bytes", lambda x: 2 * (size - 1) / size * x.nbytes)
+    watch(torch, "mm", "flops", lambda a, b: 2 * a.shape[0] * a.shape[1] * b.shape[1])
+    watch(torch, "addmm", "flops", lambda c, a, b: 2 * a.shape[0] * a.shape[1] * b.shape[1])
+    watch(Tensor, "addmm_", "flops", lambda c, a, b: 2 * a.shape[0] * a.shape[1] * b.shape[1])
+    try:
+        yield counts
+    finally:
+        patch.undo()
+
+
+def count(problem: Problem, schedule: str, group: Any) -> dict[str, float]:
+    x, y = torch.rand(2, problem.rows, problem.width, dtype=torch.float64).unbind()
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    leaves = {name: z.requires_grad_() for name, z in zip(FEATURES[problem.loss], (x, y), strict=True)}
+    with counters(problem.world) as counts:
+        options = {SCALE[problem.loss]: scale, "group": group, "schedule": schedule}
+        getattr(fastloss, problem.loss)(**leaves, **options).backward()
+    return counts
+
+
 TIMEOUT = timedelta(seconds=20)
+
+
+def with_compile_and_meshes(group: Any) -> dict[str, Any]:
+    """A compiled step breaks its graph at the loss; a mesh is a group; sharded tensors are refused with advice."""
+    found: dict[str, Any] = {}
+    x = torch.eye(4, D).requires_grad_()
+
+    def step(x: Tensor) -> Tensor:
+        return fastloss.nt_xent(2 * x, x + 1, normalize=False, group=group) * 3
+
+    for name, function in (("eager", step), ("compiled", torch.compile(step, backend="eager"))):
+        loss = function(x)
+        found[name] = (loss.detach(), *torch.autograd.grad(loss, x))
+    torch.compiler.reset()
+    try:
+        torch.compile(step, backend="eager", fullgraph=True)(x)
+    except Exception as error:
+        found["fullgraph"] = type(error).__name__
+    mesh = DeviceMesh.from_group(group, "cpu")
+    found["mesh"] = fastloss.nt_xent(2 * x, x + 1, normalize=False, group=mesh).detach() * 3
+    try:
+        fastloss.nt_xent(DTensor.from_local(x, mesh, [Shard(0)]), x)
+    except TypeError as error:
+        found["sharded"] = str(error)
+    leaf = torch.eye(4, D, dtype=torch.float64).requires_grad_()
+    (first,) = torch.autograd.grad(fastloss.clip_loss(leaf, leaf + 1, 1.0, group=group), leaf, create_graph=True)
+    try:
+        first.sum().backward()
+    except RuntimeError as error:
+        found["second"] = str(error)
+    return found
 
 
 def worker(rank: int, folder: str) -> None:
@@ -275,8 +405,14 @@ def worker(rank: int, folder: str) -> None:
             if rank in WORLDS[len(case.rows)]:
                 found[str(case)] = run_case(case, groups[len(case.rows)])
         found["ddp"] = mean_gradients_of_ddp(groups[4])
+        for problem, schedule in PROBLEMS:
+            if rank in WORLDS[problem.world]:
+                found[f"{problem} {schedule}"] = count(problem, schedule, groups[problem.world])
+        found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
             found["refusals"] = refusals(groups[3], distributed.get_rank(groups[3]))
+        if rank in WORLDS[2]:
+            found["compile"] = with_compile_and_meshes(groups[2])
         torch.save(found, f"{folder}/{rank}.pt")
         distributed.barrier()
         if rank == 3:
@@ -377,3 +513,70 @@ def test_bad_input_of_one_rank_ends_the_call_on_all(ranks: tuple[Path, list[dict
 
 def test_rank_that_is_gone_is_an_error_on_the_others(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     assert sorted(path.name for path in ranks[0].glob("*.lost")) == ["0.lost", "1.lost", "2.lost"]
+
+
+def test_compile_breaks_its_graph_at_the_loss(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for process in WORLDS[2]:
+        found = ranks[1][process]["compile"]
+        assert all(torch.equal(a, b) for a, b in zip(found["eager"], found["compiled"], strict=True))
+        assert found["fullgraph"] == "Unsupported"
+
+
+def test_mesh_is_a_group_and_sharded_tensors_are_refused_with_advice(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    for process in WORLDS[2]:
+        found = ranks[1][process]["compile"]
+        assert torch.equal(found["mesh"], found["eager"][0])
+        assert "nt_xent: `z0` must be a plain tensor, got a DTensor" in found["sharded"]
+
+
+def test_second_derivative_raises(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for process in WORLDS[2]:
+        assert "no second derivative" in ranks[1][process]["compile"]["second"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_ranks_that_split_the_classes_find_what_one_process_finds(
+    ranks: tuple[Path, list[dict[str, Any]]], name: str
+) -> None:
+    truth = run_linear(getattr(fastloss.reference, name), *linear_arguments())
+    for rank, found in enumerate(ranks[1]):
+        part = found["classes"][name]
+        assert set(part) == set(truth)
+        for key, expected in truth.items():
+            mine = own_of_classes(rank, expected) if key in ("weight", "bias") else expected
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(part[key], mine, rtol=0, atol=1e-12 * scale)
+
+
+def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for found in ranks[1]:
+        assert "`target` must hold classes 0 to 11, or `ignore_index`, got 12" in found["classes"]["range"]
+        assert "whether `bias` is given must be the same on all ranks" in found["classes"]["odd"]
+
+
+@pytest.mark.parametrize(("problem", "schedule"), PROBLEMS, ids=str)
+def test_cost_model_counts_what_the_ranks_do(
+    ranks: tuple[Path, list[dict[str, Any]]], problem: Problem, schedule: str
+) -> None:
+    """On the whole: nothing is sent twice, and each pair of rows is multiplied once forward and twice backward."""
+    counts = [ranks[1][process][f"{problem} {schedule}"] for process in WORLDS[problem.world]]
+    assert sum(c["bytes"] for c in counts) == pytest.approx(problem.world * scaling.sent_bytes(problem, schedule))
+    assert sum(c["flops"] for c in counts) == problem.world * scaling.flops(problem)
+
+
+def test_scaling_sheet_is_up_to_date() -> None:
+    assert Path(scaling.__file__).with_suffix(".md").read_text() == "\n".join(scaling.sheet()) + "\n"
+
+
+def test_auto_gathers_what_is_small_unless_there_is_only_one_block() -> None:
+    assert Problem("clip_loss", 2, 10, 8).schedule == "ring"
+    assert Problem("nt_xent", 3, 10, 8).schedule == "ring"
+    assert Problem("clip_loss", 3, 10, 8).schedule == "all-gather"
+    assert Problem("clip_loss", 4, 1 << 14, 256).schedule == "all-gather"
+    assert Problem("clip_loss", 4, (1 << 14) + 1, 256).schedule == "ring"
+    for rows, tour in ((1 << 14, AllGather), ((1 << 14) + 1, Ring)):
+        world = World(None, 0, 4, (rows,) * 4, "auto", 4 * rows * 256 * 4, False)
+        assert type(world.tour(3, Tensor.add_)) is tour
+        assert type(world.tour(1, Tensor.add_)) is Ring

@@ -1,8 +1,8 @@
 """How the losses over a process group scale: bytes sent, flops and memory of a rank, from a model that the tests check.
 
-``python -m fastloss.benchmarks.scaling`` writes ``benchmarks/scaling.md``. The counts of `sent_bytes` and `flops` are compared
-with counters of the implementation on 2 to 4 ranks (tests/test_distributed.py). Times are counts over the rates named
-in `LINKS` and `PROCESSORS`: assumptions, not measurements.
+``python -m fastloss.benchmarks.scaling`` writes ``benchmarks/scaling.md``. The counts of `sent_bytes` and `flops` are
+compared with counters of the implementation on 2 to 4 ranks (tests/test_distributed.py). Times are counts over the
+rates named in `LINKS` and `PROCESSORS`: assumptions, not measurements.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def sheet() -> Iterator[str]:
     yield "# Scaling of the losses over a process group"
     yield ""
     yield "Written by `python -m fastloss.benchmarks.scaling`: a model, not a measurement. Its bytes and flops are"
-    yield "compared with counters of the implementation on 2 to 4 ranks in `tests/test_distributed.py`; times divide them"
-    yield "by rates that are assumed:"
+    yield "compared with counters of the implementation on 2 to 4 ranks in `tests/test_distributed.py`; times divide"
+    yield "them by rates that are assumed:"
     yield ""
     yield "| assumed | a second |"
     yield "|---|---|"

@@ -64,13 +64,16 @@ class Case:
     reduction: str = "mean"
     dtype: torch.dtype = torch.float64
     width: int = D
+    frozen: tuple[str, ...] = ()
+    keep: int | None = None  # bytes of similarities for the backward pass
 
     @property
     def function(self) -> str:
         return self.variant.split()[0]
 
     def __str__(self) -> str:
-        return f"{self.variant} {self.rows} {self.schedule} {self.reduction} {self.dtype}".replace("torch.", "")
+        more = "".join(f" {name} frozen" for name in self.frozen) + (f" {self.keep} kept" if self.keep else "")
+        return f"{self.variant} {self.rows} {self.schedule} {self.reduction} {self.dtype}{more}".replace("torch.", "")
 
 
 CASES = [
@@ -87,6 +90,23 @@ CASES = [
         for schedule in SCHEDULES
         for reduction in ("sum", "none")
     ),
+    *(
+        Case(variant, (3, 5, 2), schedule, frozen=frozen)
+        for variant in ("clip_loss", "clip_loss row_scale", "nt_xent row_scale", "nt_xent")
+        for schedule in SCHEDULES
+        for frozen in (
+            FEATURES[variant.split()[0]],
+            (FEATURES[variant.split()[0]][0], SCALE[variant.split()[0]]),
+            (FEATURES[variant.split()[0]][1], SCALE[variant.split()[0]]),
+            (SCALE[variant.split()[0]],),
+        )
+    ),
+    *(
+        Case(variant, (5, 4), "auto", keep=keep)
+        for variant in ("clip_loss", "nt_xent")
+        for keep in (8, 8 * 40)  # nothing, and the first block of clip_loss
+    ),
+    *(Case(variant, (0, 0, 0), s, "sum") for variant in ("info_nce", "clip_loss", "nt_xent") for s in SCHEDULES),
     *(
         Case(variant, (300, 700), schedule, dtype=dtype, width=33)
         for variant in ("info_nce", "clip_loss", "nt_xent")
@@ -158,17 +178,22 @@ def own_upstream(case: Case, rank: int) -> Tensor:
 def run_case(case: Case, group: Any) -> dict[str, Tensor]:
     rank = distributed.get_rank(group)
     tensors, fixed, options = arguments(case)
-    leaves = {name: of_rank(case, rank, x).clone().requires_grad_() for name, x in tensors.items()}
+    leaves = {
+        name: of_rank(case, rank, x).clone().requires_grad_(name not in case.frozen) for name, x in tensors.items()
+    }
     fixed = {name: of_rank(case, rank, x) for name, x in fixed.items()}
-    loss = getattr(fastloss, case.function)(**leaves, **fixed, **options, group=group, schedule=case.schedule)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.keep is not None:
+            patch.setattr(fastloss.contrastive.distributed, "KEEP_BYTES", case.keep)
+        loss = getattr(fastloss, case.function)(**leaves, **fixed, **options, group=group, schedule=case.schedule)
     loss.backward(own_upstream(case, rank).to(loss.dtype))
-    return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items()}}
+    return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.requires_grad}}
 
 
 def one_process(case: Case, api: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The loss of all rows and its gradients; the extra negatives of a rank join the queries of that rank."""
     tensors, fixed, options = arguments(case)
-    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in tensors.items()}
+    leaves = {name: x.detach().to(dtype).requires_grad_(name not in case.frozen) for name, x in tensors.items()}
     if not {"extra_negatives", "negative_keys"} & set(leaves):
         loss = getattr(api, case.function)(**leaves, **fixed, **options)
     else:
@@ -180,7 +205,7 @@ def one_process(case: Case, api: Any, dtype: torch.dtype) -> dict[str, Tensor]:
             per_rank.append(of_rank(case, rank, full))
         loss = torch.cat(per_rank).mean()
     loss.backward(upstream(case).to(loss.dtype))
-    return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items()}}
+    return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.requires_grad}}
 
 
 def join(case: Case, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -448,6 +473,7 @@ def test_ranks_find_what_one_process_finds(ranks: tuple[Path, list[dict[str, Any
     parts = [ranks[1][process][str(case)] for process in WORLDS[len(case.rows)]]
     actual = join(case, parts)
     truth = one_process(case, fastloss.reference, torch.float64)
+    assert set(actual) == set(truth)
     if case.dtype == torch.float64:
         for name, expected in truth.items():
             scale = max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)

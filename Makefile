@@ -23,6 +23,7 @@ bench: setup
 bench-full: setup
 	$(BIN)/python -m fastloss bench --full --output $(REPORTS)
 	$(BIN)/python -m fastloss.benchmarks.factored_step --output $(REPORTS)/factored_step.json
+	$(BIN)/python -m fastloss.benchmarks.distributed --output $(REPORTS)/distributed.json
 
 bench-pytest: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only

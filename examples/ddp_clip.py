@@ -68,7 +68,8 @@ def train(images: Tensor, steps: int, batch_size: int, group: distributed.Proces
         losses.append(loss.item())
     recall = recall_at_10(towers, load()[1])
     if rank == 0:
-        print(f"{world} processes: loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; recall at 10 {recall:.3f}")
+        name = "1 process" if world == 1 else f"{world} processes"
+        print(f"{name}: loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last; recall at 10 {recall:.3f}")
     if recall < RECALL:
         sys.exit(f"failed: recall at 10 {recall:.3f} is below {RECALL}")
     return losses

@@ -64,6 +64,15 @@ class World:
         rows = tuple(count * n for n in self.rows)
         return replace(self, rows=rows, gathered_bytes=count * self.gathered_bytes)
 
+    def own(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these rows of all ranks are this rank's, and their places here; 0 for those of others."""
+        local = ids - sum(self.rows[: self.rank])
+        mine = (ids >= 0) & (local >= 0) & (local < self.rows[self.rank])
+        return mine, torch.where(mine, local, 0)
+
+    def __deepcopy__(self, memo: Any) -> World:
+        return self  # a group cannot be copied, and nothing here changes
+
     def tour(self, hops: int, combine: Combine, held: Sequence[Tensor] = ()) -> Tour:
         """Blocks of the next `hops` ranks; `held` is what an earlier tour left."""
         small = hops > 1 and self.gathered_bytes <= GATHER_BYTES
@@ -138,7 +147,7 @@ def agree(
     row_scales = _ROW_SCALES in kinds
     if row_scales and _ONE_SCALE in kinds:
         raise differ("whether the scale is one value a row", [str(k != _ONE_SCALE) for k in kinds])
-    if not row_scales and len(set(values)) > 1:
+    if not row_scales and len({str(v) for v in values}) > 1:  # as text, NaN is itself
         raise differ("the scale", [f"{v:g}" for v in values])
     gathered = int(size * max(rows) * x.shape[1] * x.element_size())
     return World(group, dist.get_rank(group), size, tuple(int(n) for n in rows), schedule, gathered, row_scales)

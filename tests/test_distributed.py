@@ -5,6 +5,7 @@ Four processes run every case once, in groups of two, three and four of them; th
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,6 +295,49 @@ def own_of_classes(rank: int, x: Tensor) -> Tensor:
     return x[sum(CLASSES[:rank]) : sum(CLASSES[: rank + 1])]
 
 
+def train_factored(layer: Any, dense: bool = False) -> dict[str, Tensor]:
+    """Some steps, with large gradients so that U is stabilised, and all that a layer tells."""
+    generator = torch.Generator().manual_seed(6)
+    told = {}
+    for step in range(6):
+        hidden = torch.randn(7 if step else 3, D, generator=generator, dtype=torch.float64).requires_grad_()
+        target = torch.randint(sum(CLASSES), (len(hidden), 2), generator=generator)
+        share = torch.rand(len(hidden), 2, generator=generator, dtype=torch.float64)
+        loss = layer(hidden, target, share)
+        loss.backward()
+        layer.step(0.3, 0.01)
+        told |= {f"loss {step}": loss.detach(), f"gradient {step}": hidden.grad}
+        if step == 3:
+            layer.stabilise()
+            layer.refresh()
+    hidden = hidden.detach()
+    values, classes = layer.topk(hidden, 5)
+    told |= {"logits": layer.logits(hidden), "some": layer.logits(hidden, torch.tensor([0, 11, 3])), "topk": values}
+    return {**told, "classes": classes, "drift": torch.tensor(layer.drift() < 1e-12)}
+
+
+def factored_layer(rank: int | None, group: Any = None) -> fastloss.FactoredOutput:
+    """With the classes of a rank, or all of them."""
+    torch.manual_seed(7)
+    linear = torch.nn.Linear(D, sum(CLASSES), dtype=torch.float64)
+    if rank is not None:
+        full, linear = linear, torch.nn.Linear(D, CLASSES[rank], dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(own_of_classes(rank, full.weight))
+            linear.bias.copy_(own_of_classes(rank, full.bias))
+    return fastloss.FactoredOutput.from_linear(linear, class_group=group, max_scale=1.5)
+
+
+def split_factored(group: Any) -> dict[str, Any]:
+    layer = factored_layer(distributed.get_rank(group), group)
+    found: dict[str, Any] = train_factored(copy.deepcopy(layer))
+    found["repeated"] = all(torch.equal(found[name], x) for name, x in train_factored(layer).items())
+    found["weight"] = torch.cat((layer.to_linear().weight.detach(), layer.bias()[:, None]), 1)
+    fresh = fastloss.FactoredOutput(4, 10, class_group=group)
+    found["fresh"] = fresh.weight()
+    return found
+
+
 def split_classes(group: Any) -> dict[str, Any]:
     rank = distributed.get_rank(group)
     same, split = linear_arguments()
@@ -433,6 +477,7 @@ def worker(rank: int, folder: str) -> None:
         for problem, schedule in PROBLEMS:
             if rank in WORLDS[problem.world]:
                 found[f"{problem} {schedule}"] = count(problem, schedule, groups[problem.world])
+        found["factored"] = split_factored(groups[4])
         found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
             found["refusals"] = refusals(groups[3], distributed.get_rank(groups[3]))
@@ -606,3 +651,20 @@ def test_auto_gathers_what_is_small_unless_there_is_only_one_block() -> None:
         world = World(None, 0, 4, (rows,) * 4, "auto", 4 * rows * 256 * 4, False)
         assert type(world.tour(3, Tensor.add_)) is tour
         assert type(world.tour(1, Tensor.add_)) is Ring
+
+
+def test_factored_layer_with_split_classes_is_the_layer_of_one_process(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    layer = factored_layer(None)
+    truth = train_factored(layer)
+    assert layer.moved_directions
+    parts = [found["factored"] for found in ranks[1]]
+    for part in parts:
+        assert part["repeated"]
+        for name, expected in truth.items():
+            torch.testing.assert_close(part[name], expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    weight = torch.cat((layer.weight(), layer.bias()[:, None]), 1)
+    torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), weight, rtol=1e-9, atol=1e-11)
+    assert [len(part["fresh"]) for part in parts] == [3, 3, 2, 2]
+    assert len(torch.cat([part["fresh"] for part in parts]).unique(dim=0)) == 10

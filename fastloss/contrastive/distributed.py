@@ -118,7 +118,7 @@ def _backward(
     # Keys with scales of their own: the gradient of the scale goes home behind that of the key.
     behind = need_col and col_scale is not None and col_scale.dim() > 0
     left = q.to(row_stats.dtype)
-    grad_q = torch.zeros_like(left) if need_q else None
+    grad_q: Tensor | None = None
     grad_row_scale, grad_col_scale = torch.zeros_like(grad_row), grad_row.new_zeros(())
     tour = world.tour(world.size - 1, Tensor.add_, held)
     for owner, block in tour.blocks(
@@ -132,8 +132,8 @@ def _backward(
             grad_row, upstream, c_ii, left, right.to(left.dtype), row_scale, scale, q_ids, ids, row_stats, stats,
             kept[(owner - world.rank) % world.size], normalize, own, need_q, need_k, need_row or need_col,
         )  # fmt: skip
-        if grad_q is not None:
-            grad_q += dq
+        if need_q:
+            grad_q = dq if grad_q is None else grad_q.add_(dq)
         if need_row:
             grad_row_scale += ours
         if behind:

@@ -29,8 +29,8 @@ def split_linear_moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.linear_moments`, of the logits of all ranks; the ranks' classes follow each other."""
     check_classes(function, target, sum(world.rows))
-    mine, local = own_classes(world, target)
-    moments = linear_moments(_Copied.apply(world, hidden), weight, bias, local, function)
+    mine, local = world.own(target)
+    moments = linear_moments(_Copied.apply(world, hidden), weight, bias, torch.where(mine, local, -1), function)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _Merged.apply(world, mine, *moments)
     return result
 
@@ -38,15 +38,8 @@ def split_linear_moments(
 @eager
 def split_class_weight(world: World, class_weight: Tensor, target: Tensor) -> Tensor:
     """(B,), the weights of the targets' classes; class_weight is (C_r,)."""
-    mine, local = own_classes(world, target)
-    return all_sum(world.group, torch.where(mine, class_weight.detach()[local.clamp(min=0)], 0))
-
-
-def own_classes(world: World, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a target is one of this rank's classes, and which; -1 if not."""
-    local = target - sum(world.rows[: world.rank])
-    mine = (target >= 0) & (local >= 0) & (local < world.rows[world.rank])
-    return mine, torch.where(mine, local, -1)
+    mine, local = world.own(target)
+    return all_sum(world.group, torch.where(mine, class_weight.detach()[local], 0))
 
 
 class _Copied(torch.autograd.Function):

@@ -322,19 +322,28 @@ class Ring:
         self.works: list[Any] = []
 
     def blocks(self, fixed: Sequence[Tensor], fresh: Sequence[Tensor] = ()) -> Iterator[tuple[int, list[Tensor]]]:
-        rank, size, rows = self.world.rank, self.world.size, self.world.rows
-        block = [x.contiguous() for x in (*fixed, *fresh)]
-        known = len(self.held)
+        rank, size = self.world.rank, self.world.size
+        own = block = [x.contiguous() for x in (*fixed, *fresh)]
+        if self.held:
+            coming, works = self._pass_on(block[len(fixed) :], rank + 1)
+            _wait(works)
+            yield (rank + 1) % size, [*self.held, *coming]
+            yield rank, own  # while the results for the other travel
+            return
         for hop in range(self.hops):
-            following = (rank + hop + 1) % size
-            coming = [x.new_empty((rows[following], *x.shape[1:])) for x in block[known:]]
-            works = self._transfer(block[known:], (rank - 1) % size, coming, (rank + 1) % size, tag=0)
+            coming, works = self._pass_on(block, rank + hop + 1)
             yield (rank + hop) % size, block
             _wait(works)
-            block = [*self.held, *coming]
+            block = coming
         if self.hops == 1:
             self.held = block[: len(fixed)]
         yield (rank + self.hops) % size, block
+
+    def _pass_on(self, block: list[Tensor], following: int) -> tuple[list[Tensor], list[Any]]:
+        """To the left; from the right comes the block of the rank `following`."""
+        rank, size, rows = self.world.rank, self.world.size, self.world.rows
+        coming = [x.new_empty((rows[following % size], *x.shape[1:])) for x in block]
+        return coming, self._transfer(block, (rank - 1) % size, coming, (rank + 1) % size, tag=0)
 
     def give(self, owner: int, part: Tensor) -> None:
         rank, size, rows = self.world.rank, self.world.size, self.world.rows

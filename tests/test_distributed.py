@@ -305,7 +305,7 @@ def train_factored(layer: Any, dense: bool = False) -> dict[str, Tensor]:
         share = torch.rand(len(hidden), 2, generator=generator, dtype=torch.float64)
         loss = layer(hidden, target, share)
         loss.backward()
-        layer.step(0.3, 0.01)
+        layer.step(0.3, 0.05)
         told |= {f"loss {step}": loss.detach(), f"gradient {step}": hidden.grad}
         if step == 3:
             layer.stabilise()
@@ -325,7 +325,7 @@ def factored_layer(rank: int | None, group: Any = None) -> fastloss.FactoredOutp
         with torch.no_grad():
             linear.weight.copy_(own_of_classes(rank, full.weight))
             linear.bias.copy_(own_of_classes(rank, full.bias))
-    return fastloss.FactoredOutput.from_linear(linear, class_group=group, max_scale=1.5)
+    return fastloss.FactoredOutput.from_linear(linear, class_group=group, max_scale=1.05)
 
 
 def split_factored(group: Any) -> dict[str, Any]:
@@ -350,6 +350,33 @@ def split_classes(group: Any) -> dict[str, Any]:
             fastloss.linear_z_loss(**{**same, **mine, **change}, class_group=group)
         except ValueError as error:
             found[name] = str(error)
+    return found
+
+
+def with_modules(rank: int) -> dict[str, Any]:
+    """The modules as their libraries' users write them, each beside the function."""
+    group = distributed.group.WORLD
+    generator = torch.Generator().manual_seed(rank)
+    x, y = torch.rand(2, 3, D, generator=generator).unbind()
+    found = {
+        "info_nce": (fastloss.InfoNCE(group=group)(x, y), fastloss.info_nce(x, y, group=group)),
+        "ring": (
+            fastloss.InfoNCE(symmetric=True, group=group, schedule="ring")(x, y),
+            fastloss.info_nce(x, y, symmetric=True, group=group, schedule="ring"),
+        ),
+        "clip": (
+            fastloss.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=4)(x, y, 2.0),
+            fastloss.clip_loss(x, y, 2.0, group=group),
+        ),
+        "nt_xent": (
+            fastloss.NTXentLoss(gather_distributed=True)(x, y),
+            fastloss.nt_xent(x, y, group=group),
+        ),
+    }
+    try:
+        fastloss.ClipLoss(rank=rank, world_size=2)
+    except ValueError as error:
+        return {**found, "error": str(error)}
     return found
 
 
@@ -477,6 +504,7 @@ def worker(rank: int, folder: str) -> None:
         for problem, schedule in PROBLEMS:
             if rank in WORLDS[problem.world]:
                 found[f"{problem} {schedule}"] = count(problem, schedule, groups[problem.world])
+        found["modules"] = with_modules(rank)
         found["factored"] = split_factored(groups[4])
         found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
@@ -668,3 +696,15 @@ def test_factored_layer_with_split_classes_is_the_layer_of_one_process(
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), weight, rtol=1e-9, atol=1e-11)
     assert [len(part["fresh"]) for part in parts] == [3, 3, 2, 2]
     assert len(torch.cat([part["fresh"] for part in parts]).unique(dim=0)) == 10
+
+
+def test_modules_are_the_functions_over_all_processes(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(ranks[1]):
+        modules = dict(found["modules"])
+        message = modules.pop("error")
+        assert (
+            message == f"ClipLoss: `rank` and `world_size` must be {rank} and 4, those of the group, got {rank} and 2"
+        )
+        assert len(modules) == 4
+        for ours, function in modules.values():
+            assert torch.equal(ours, function)

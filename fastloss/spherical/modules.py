@@ -218,7 +218,8 @@ class FactoredOutput(nn.Module):
             self.register_buffer(name, getattr(state, name))
 
     def _state(self) -> factored.State:
-        return factored.State(*(self.get_buffer(name) for name in STATE), self._split)
+        v, u, inverse, delta, mean, gram = (self.get_buffer(name) for name in STATE)
+        return factored.State(v, u, inverse, delta, mean, gram, self._split)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:

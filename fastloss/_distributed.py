@@ -334,7 +334,7 @@ class Ring:
             coming, works = self._pass_on(block, rank + hop + 1)
             yield (rank + hop) % size, block
             _wait(works)
-            block = coming
+            block, works = coming, []
         if self.hops == 1:
             self.held = block[: len(fixed)]
         yield (rank + self.hops) % size, block
@@ -348,8 +348,9 @@ class Ring:
     def give(self, owner: int, part: Tensor) -> None:
         rank, size, rows = self.world.rank, self.world.size, self.world.rows
         _wait(self.works)
+        self.works = []  # which hold what was sent
         if self.partial is not None:
-            part = self.combine(part, self.partial)
+            part, self.partial = self.combine(part, self.partial), None
         self.given += 1
         # On goes the block's partial result with the block; from the last visitor, home.
         last = self.given == self.hops

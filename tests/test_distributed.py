@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastloss
 import fastloss.reference
 from fastloss._distributed import AllGather, Ring, World
-from tests.support import assert_as_accurate_as_torch
+from tests.support import assert_as_accurate_as_torch, peak_bytes
 
 WORLDS = {2: [2, 0], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes; of two, in reverse
 ROWS = {
@@ -453,6 +453,21 @@ def count(problem: Problem, schedule: str, group: Any) -> dict[str, float]:
     return counts
 
 
+WIDE = Problem("clip_loss", 4, 64, 2048)
+
+
+def peak_blocks(group: Any, schedule: str) -> float:
+    """Peak memory of a step in blocks of the rows of a rank; similarities and tiles are small beside one."""
+    x, y = torch.rand(2, WIDE.rows, WIDE.width).unbind()
+    x, y = x.requires_grad_(), y.requires_grad_()
+
+    def step() -> None:
+        torch.autograd.grad(fastloss.clip_loss(x, y, 1.0, group=group, schedule=schedule), (x, y))
+
+    step()
+    return peak_bytes(step) / x.nbytes
+
+
 TIMEOUT = timedelta(seconds=20)
 
 
@@ -504,6 +519,9 @@ def worker(rank: int, folder: str) -> None:
         for problem, schedule in PROBLEMS:
             if rank in WORLDS[problem.world]:
                 found[f"{problem} {schedule}"] = count(problem, schedule, groups[problem.world])
+        for size in (3, 4):
+            if rank in WORLDS[size]:
+                found[f"peak {size}"] = {schedule: peak_blocks(groups[size], schedule) for schedule in SCHEDULES}
         found["modules"] = with_modules(rank)
         found["factored"] = split_factored(groups[4])
         found["classes"] = split_classes(groups[4])
@@ -708,3 +726,14 @@ def test_modules_are_the_functions_over_all_processes(ranks: tuple[Path, list[di
         assert len(modules) == 4
         for ours, function in modules.values():
             assert torch.equal(ours, function)
+
+
+def test_memory_of_the_ring_does_not_grow_with_the_ranks(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    for process in WORLDS[3]:
+        three, four = (ranks[1][process][f"peak {size}"] for size in (3, 4))
+        # The gradients of both inputs, two blocks of rows and two of results, and what the op makes of one block. With
+        # three ranks there is no block to come while results are on their way.
+        assert three["ring"] == pytest.approx(2 + 3 + 2, abs=0.2)
+        assert four["ring"] == pytest.approx(2 + 4 + 2, abs=0.2)
+        # One more block of rows, of results to go, and of results that come.
+        assert four["all-gather"] == pytest.approx(three["all-gather"] + 3, abs=0.1)

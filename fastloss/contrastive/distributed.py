@@ -144,6 +144,7 @@ def _backward(
             mine = dk
         elif need_k or behind:
             tour.give(owner, dk)
+        del block, right, dq, dk  # not to be held while the next ones come
     if need_k or behind:
         mine += tour.returned()
     if behind:
@@ -223,15 +224,18 @@ def _self_backward(
                 stats[:, rows].contiguous(), block[-2][columns].t().contiguous(),
                 kept[(owner - world.rank) % world.size - 1], normalize, False, need_x, need_x, need_scale,
             )  # fmt: skip
-            if need_x or behind:
-                part = _with_scale(dy, theirs) if behind else dy
-                tour.give(owner, F.pad(part, (0, 0, columns.start, 0)) if columns.start else part)
             if need_scale and not behind:
                 elsewhere += theirs.sum()
+            if behind:
+                dy = _with_scale(dy, theirs)
+            if need_x or behind:
+                tour.give(owner, F.pad(dy, (0, 0, columns.start, 0)) if columns.start else dy)
+            del dy
         if grad_x is not None:
             grad_x[rows] += dx
         if need_scale:
             grad_scale[rows] += mine
+        del block, right, dx  # not to be held while the next ones come
     if need_x or behind:
         home = tour.returned()
         if grad_x is not None:

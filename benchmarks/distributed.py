@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ from .harness import _status_bytes, describe_machine, summarise
 WORLD = 2
 SCHEDULES = ("auto", "all-gather", "ring")
 SCALE = 20.0
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[..., Any]
 
 
-def open_clip_loss(rank: int) -> Step:
+def open_clip_loss(rank: int, world: int = WORLD) -> Step:
     """From open_clip's file of losses alone: the package needs torchvision."""
     path = importlib.metadata.distribution("open_clip_torch").locate_file("open_clip/loss.py")
     spec = importlib.util.spec_from_file_location("open_clip_loss", str(path))
@@ -47,17 +48,12 @@ def open_clip_loss(rank: int) -> Step:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    loss = module.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=WORLD)
-    return lambda image, text: loss(image, text, torch.tensor(SCALE))
+    loss: Step = module.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    return loss
 
 
 def ours(group: Any, schedule: str = "auto") -> Step:
-    def loss(image: Tensor, text: Tensor) -> Tensor:
-        value = fastloss.clip_loss(image, text, SCALE, group=group, schedule=schedule)
-        assert isinstance(value, Tensor)
-        return value
-
-    return loss
+    return partial(fastloss.clip_loss, group=group, schedule=schedule)
 
 
 def features(rows: int, width: int, part: slice) -> list[Tensor]:
@@ -67,7 +63,7 @@ def features(rows: int, width: int, part: slice) -> list[Tensor]:
 
 
 def run(loss: Step, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    value = loss(inputs[0], inputs[1])
+    value = loss(*inputs, torch.tensor(SCALE))
     return value, *torch.autograd.grad(value, inputs)
 
 

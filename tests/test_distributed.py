@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fastloss.benchmarks import scaling
+from fastloss.benchmarks.distributed import open_clip_loss
 from fastloss.benchmarks.scaling import LOSSES, Problem
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +29,7 @@ import fastloss.reference
 from fastloss._distributed import AllGather, Ring, World
 from tests.support import assert_as_accurate_as_torch, peak_bytes
 
-WORLDS = {2: [2, 0], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes; of two, in reverse
+WORLDS = {2: [0, 2], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes
 ROWS = {
     2: [(4, 4), (6, 3), (0, 5)],
     3: [(3, 3, 3), (5, 0, 2)],
@@ -453,6 +454,19 @@ def count(problem: Problem, schedule: str, group: Any) -> dict[str, float]:
     return counts
 
 
+def beside_open_clip(rank: int) -> dict[str, list[Tensor]]:
+    """Loss and gradients of a rank's features, by open_clip over four ranks and by the drop-in."""
+    generator = torch.Generator().manual_seed(rank)
+    features = list(torch.rand(2, 3, D, generator=generator, dtype=torch.float64).unbind())
+    ours = fastloss.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=4)
+    found = {}
+    for name, loss in (("ours", ours), ("theirs", open_clip_loss(rank, 4))):
+        leaves = [x.clone().requires_grad_() for x in features]
+        value = loss(*leaves, torch.tensor(20.0, dtype=torch.float64))
+        found[name] = [value.detach(), *torch.autograd.grad(value, leaves)]
+    return found
+
+
 WIDE = Problem("clip_loss", 4, 64, 2048)
 
 
@@ -508,9 +522,7 @@ def worker(rank: int, folder: str) -> None:
         distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4, timeout=TIMEOUT
         )
-        groups = {
-            size: distributed.new_group(ranks, timeout=TIMEOUT, sort_ranks=False) for size, ranks in WORLDS.items()
-        }
+        groups = {size: distributed.new_group(ranks, timeout=TIMEOUT) for size, ranks in WORLDS.items()}
         found: dict[str, Any] = {}
         for case in CASES:
             if rank in WORLDS[len(case.rows)]:
@@ -522,6 +534,7 @@ def worker(rank: int, folder: str) -> None:
         for size in (3, 4):
             if rank in WORLDS[size]:
                 found[f"peak {size}"] = {schedule: peak_blocks(groups[size], schedule) for schedule in SCHEDULES}
+        found["open_clip"] = beside_open_clip(rank)
         found["modules"] = with_modules(rank)
         found["factored"] = split_factored(groups[4])
         found["classes"] = split_classes(groups[4])
@@ -737,3 +750,14 @@ def test_memory_of_the_ring_does_not_grow_with_the_ranks(ranks: tuple[Path, list
         assert four["ring"] == pytest.approx(2 + 4 + 2, abs=0.2)
         # One more block of rows, of results to go, and of results that come.
         assert four["all-gather"] == pytest.approx(three["all-gather"] + 3, abs=0.1)
+
+
+def test_gradients_are_open_clips_and_the_loss_is_the_mean_of_its_ranks(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    found = [part["open_clip"] for part in ranks[1]]
+    mean = torch.stack([part["theirs"][0] for part in found]).mean()
+    for part in found:
+        torch.testing.assert_close(part["ours"][0], mean, rtol=1e-12, atol=0)
+        for ours, theirs in zip(part["ours"][1:], part["theirs"][1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

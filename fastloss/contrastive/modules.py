@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastloss._checks import check_choice, check_group, check_reduction
+from fastloss._checks import check_choice, check_flag, check_group, check_reduction, check_scale
 from fastloss._distributed import SCHEDULES
-from fastloss.contrastive.functional import clip_loss, info_nce, nt_xent
+from fastloss.contrastive.functional import MIN_TEMPERATURE, clip_loss, info_nce, nt_xent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +41,11 @@ class InfoNCE(nn.Module):
         schedule: str = "auto",
     ) -> None:
         super().__init__()
+        check_scale("InfoNCE", "temperature", temperature, positive=True)
         check_reduction("InfoNCE", reduction)
+        check_choice("InfoNCE", "negative_mode", negative_mode, ("unpaired", "paired"))
+        check_flag("InfoNCE", "normalize", normalize)
+        check_flag("InfoNCE", "symmetric", symmetric)
         group = check_group("InfoNCE", group)
         check_choice("InfoNCE", "schedule", schedule, SCHEDULES)
         self.temperature = temperature
@@ -62,6 +66,7 @@ class InfoNCE(nn.Module):
         key_ids: Tensor | None = None,
         extra_negatives: Tensor | None = None,
     ) -> Tensor:
+        """(B, D) queries and keys, (M, D) or (B, M, D) negatives: a loss of shape () or, for "none", (B,)."""
         return info_nce(
             query,
             positive_key,
@@ -93,8 +98,8 @@ class ClipLoss(nn.Module):
             loss over all ranks, as open_clip's with ``gather_with_grad=True``.
         cache_labels: accepted for compatibility; there are no labels to cache.
         rank, world_size: with a `world_size` above 1, those of the group.
-        group: a process group or a mesh of one dimension; by default that of all processes if `world_size` is above 1.
-        schedule: as :func:`fastloss.clip_loss`.
+        reduction, group, schedule: as :func:`fastloss.clip_loss`; by default the group is that of all processes if
+            `world_size` is above 1.
 
     Raises:
         ValueError: `rank` and `world_size` are not those of the group, or there is none.
@@ -109,10 +114,12 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        reduction: str = "mean",
         group: ProcessGroup | DeviceMesh | None = None,
         schedule: str = "auto",
     ) -> None:
         super().__init__()
+        check_reduction("ClipLoss", reduction)
         if use_horovod:
             raise ValueError("ClipLoss: `use_horovod` must be False, got True")
         group = check_group("ClipLoss", group)
@@ -124,6 +131,7 @@ class ClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.reduction = reduction
         self.group = group
         self.schedule = schedule
 
@@ -134,30 +142,42 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
+        """(B, D) features of images and texts, (B,) ids: a loss of shape () or, for "none", (B,); maybe in a dict."""
         return clip_loss(
             image_features,
             text_features,
             logit_scale,
             logit_bias,
             output_dict,
+            reduction=self.reduction,
+            image_ids=image_ids,
+            text_ids=text_ids,
             group=self.group,
             schedule=self.schedule,
         )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
 
 
 class NTXentLoss(nn.Module):
     """:func:`fastloss.nt_xent` as a module; a drop-in for ``lightly.loss.NTXentLoss`` without a memory bank.
 
     Args:
-        temperature: as :func:`fastloss.nt_xent`.
-        memory_bank_size: must be 0; a bank of negatives is ``fastloss.info_nce(..., extra_negatives=bank)``.
+        temperature, reduction, normalize: as :func:`fastloss.nt_xent`. A float must be positive, at least 1e-8; an
+            ``nn.Parameter`` is learned.
+        memory_bank_size: must be 0, or a shape that begins with 0; a bank of negatives is
+            ``fastloss.info_nce(..., extra_negatives=bank)``.
         gather_distributed: True asks for the loss over all ranks of `group`, where processes are initialised.
         group: a process group or a mesh of one dimension; by default, with `gather_distributed`, that of all processes.
         schedule: as :func:`fastloss.nt_xent`.
 
     Raises:
-        ValueError: a temperature below 1e-8 in size, or a memory bank.
+        TypeError, ValueError: a temperature that is not finite or below 1e-8, or a memory bank.
     """
 
     def __init__(
@@ -166,16 +186,17 @@ class NTXentLoss(nn.Module):
         memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,
         *,
+        reduction: str = "mean",
+        normalize: bool = True,
         group: ProcessGroup | DeviceMesh | None = None,
         schedule: str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(temperature, (Tensor, int, float)):
-            got = type(temperature).__name__
-            raise TypeError(f"NTXentLoss: `temperature` must be a float or a floating-point tensor, got {got}")
-        if not isinstance(temperature, Tensor) and abs(temperature) < 1e-8:
-            raise ValueError(f"NTXentLoss: `temperature` must be at least 1e-8, got {temperature}")
-        if memory_bank_size != 0:
+        check_scale("NTXentLoss", "temperature", temperature, positive=True, least=MIN_TEMPERATURE)
+        check_reduction("NTXentLoss", reduction)
+        check_flag("NTXentLoss", "normalize", normalize)
+        rows = memory_bank_size[:1] if isinstance(memory_bank_size, (tuple, list)) else (memory_bank_size,)
+        if tuple(rows) != (0,):
             raise ValueError(
                 "NTXentLoss: `memory_bank_size` must be 0; pass a bank as `extra_negatives` of info_nce, "
                 f"got {memory_bank_size}"
@@ -184,17 +205,29 @@ class NTXentLoss(nn.Module):
         group = check_group("NTXentLoss", group)
         check_choice("NTXentLoss", "schedule", schedule, SCHEDULES)
         self.gather_distributed = gather_distributed
+        self.reduction = reduction
+        self.normalize = normalize
         self.group = group
         self.schedule = schedule
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """(B, D) views and (B,) ids: a loss of shape () or, for "none", (2B,)."""
         group = self.group
         if group is None and self.gather_distributed and torch.distributed.is_initialized():
             group = torch.distributed.group.WORLD
-        return nt_xent(out0, out1, self.temperature, group=group, schedule=self.schedule)
+        return nt_xent(
+            out0,
+            out1,
+            self.temperature,
+            reduction=self.reduction,
+            normalize=self.normalize,
+            ids=ids,
+            group=group,
+            schedule=self.schedule,
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={_shown(self.temperature)}"
+        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}, normalize={self.normalize}"
 
 
 def _shown(temperature: float | Tensor) -> str:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 REPORTS ?= reports
 
-.PHONY: setup bench bench-full bench-pytest test lint format clean
+.PHONY: setup bench bench-full bench-pytest test stress lint format clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ bench-pytest: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The tests of several processes, 50 times with all cores busy.
+stress: setup
+	$(BIN)/python -m tests.stress 50
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 REPORTS ?= reports
 
-.PHONY: setup bench bench-full bench-pytest test lint format clean
+.PHONY: setup bench bench-full bench-pytest test stress lint format clean
 
 setup: $(VENV)/.ready
 
@@ -23,12 +23,17 @@ bench: setup
 bench-full: setup
 	$(BIN)/python -m fastloss bench --full --output $(REPORTS)
 	$(BIN)/python -m fastloss.benchmarks.factored_step --output $(REPORTS)/factored_step.json
+	$(BIN)/python -m fastloss.benchmarks.distributed --output $(REPORTS)/distributed.json
 
 bench-pytest: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The tests of several processes, 50 times with all cores busy.
+stress: setup
+	$(BIN)/python -m tests.stress 50
 
 lint: setup
 	$(BIN)/ruff check .

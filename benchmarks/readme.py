@@ -1,12 +1,12 @@
-"""Writes the measured block of the README from a committed results file.
+"""Writes the measured block of the README from the committed results files.
 
-python -m benchmarks.readme benchmarks/results/FILE.json README.md
+python -m benchmarks.readme
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,21 @@ from .report import Report, duration, machine_lines, peak_share, rows_of, size, 
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 OURS = "fastloss"
+ROOT = Path(__file__).parent.parent
 
 
-def block(report: Report, source: str) -> str:
-    """Markdown: one row a case that fastloss was timed in, with the speed-up over each rival that was."""
+def block() -> str:
+    """Markdown: the table of the cases, and a line for each kind of results that has a file of its own."""
+    kinds = {"cpu": _cases, "factored-step": _factored_step, "distributed": _distributed}
+    lines = []
+    for kind, written in kinds.items():
+        (path,) = (ROOT / "benchmarks" / "results").glob(f"{kind}-*.json")
+        lines.append(written(json.loads(path.read_text()), path.relative_to(ROOT).as_posix()))
+    return "\n\n".join(lines)
+
+
+def _cases(report: Report, source: str) -> str:
+    """One row a case that fastloss was timed in, with the speed-up over each rival that was."""
     lines = [
         f"float32, forward and backward, from [`{source}`]({source}) ({report['machine']['timestamp'][:10]}):",
         "",
@@ -51,6 +62,42 @@ def block(report: Report, source: str) -> str:
     return "\n".join(lines)
 
 
+def _factored_step(report: Report, source: str) -> str:
+    ours = "FactoredOutput"
+    medians = [{name: time["median"] for name, time in case["seconds"].items()} for case in report["results"]]
+    (beside,) = (i for i, names in enumerate(medians) if len(names) > 1)
+    case, time = report["results"][beside], medians[beside].pop(ours)
+    rivals = ", ".join(f"{other / time:.0f}x {name}" for name, other in medians[beside].items())
+    few, many = (
+        statistics.fmean(names[ours] for names, c in zip(medians, report["results"], strict=True) if c["classes"] == n)
+        for n in (10_000, 1_000_000)
+    )
+    return (
+        f"Training steps of an output layer, {_origin(report, source)}: `FactoredOutput` of width {case['width']}, "
+        f"batch {case['batch']}, {case['classes']:,} classes, {duration(time)}: {rivals}. A step with 1,000,000 "
+        f"classes takes {many / few:.2f} times one with 10,000."
+    )
+
+
+def _distributed(report: Report, source: str) -> str:
+    timed, sent = report["timed"], report["traffic"]["auto"]
+    most = max(found["auto"] for found in report["memory"]["extra_bytes_by_rank"])
+    return (
+        f"Two processes of one thread each, {_origin(report, source)}: `clip_loss` with {timed['rows']} rows in all, "
+        f"width {timed['width']}, is {timed['speedup_over_one_process']:.2f}x as fast as one process of one thread, "
+        f"and {timed['speedup_over_open_clip']:.2f}x as fast as open_clip's in the same two processes. A rank sends "
+        f"{sent['over_least']:.3f} of the least bytes; it needs {size(most)} of extra memory with "
+        f"{report['memory']['rows']} rows in all, width {report['memory']['width']}."
+    )
+
+
+def _origin(report: Report, source: str) -> str:
+    machine = report["machine"]
+    return (
+        f"from [`{source}`]({source}) ({machine['cpu']}, {machine['git']['commit'][:12]}, {machine['timestamp'][:10]})"
+    )
+
+
 def _ratio(rival: dict[str, Any], ours: dict[str, Any]) -> str:
     if rival["status"] != "ok":
         return "not measured"
@@ -68,11 +115,10 @@ def insert(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
-def main(results: str, readme: str) -> None:
-    report = json.loads(Path(results).read_text())
-    path = Path(readme)
-    write_atomically(path, insert(path.read_text(), block(report, results)).encode())
+def main() -> None:
+    path = ROOT / "README.md"
+    write_atomically(path, insert(path.read_text(), block()).encode())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

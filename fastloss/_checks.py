@@ -32,6 +32,11 @@ def check_floating(function: str, name: str, x: Any, shape: str, dims: int) -> N
     """A floating-point tensor of `dims` dimensions; `shape` is how the message writes it, as in "(B, D)"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: `{name}` must be a tensor of shape {shape}, got {type(x).__name__}")
+    if type(x).__name__ == "DTensor":  # by name: the class is missing where PyTorch was built without distributed
+        raise TypeError(
+            f"{function}: `{name}` must be a plain tensor, got a DTensor; of rows sharded over a mesh, pass the rank's "
+            "own as `to_local()`, with the mesh as `group` if the loss takes one"
+        )
     check_strided(function, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{function}: `{name}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
@@ -125,17 +130,19 @@ def check_number(
         raise ValueError(f"{function}: `{name}` must be finite{bound}, got {value}")
 
 
-def check_group(function: str, group: Any) -> None:
-    if group is None:
-        return
-    if not (torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)):
+def check_group(function: str, group: Any) -> Any:
+    """None, or a process group; that of a one-dimensional DeviceMesh may be given as the mesh."""
+    if type(group).__name__ == "DeviceMesh":
+        if group.ndim != 1:
+            raise ValueError(
+                f"{function}: `group` must be a mesh of one dimension, got {group.ndim}; name one: mesh[name]"
+            )
+        return group.get_group()
+    if group is not None and not (
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+    ):
         raise TypeError(f"{function}: `group` must be None or a process group, got {type(group).__name__}")
-    size = torch.distributed.get_world_size(group)
-    if size != 1:
-        raise ValueError(
-            f"{function}: `group` must be None or a process group of one rank in this version of fastloss, "
-            f"got {size} ranks"
-        )
+    return group
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

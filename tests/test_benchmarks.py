@@ -338,3 +338,33 @@ def test_factored_step_steps_as_the_dense_layer_does():
     moved = linear.weight.detach() - before
     assert moved.abs().max() > 0
     assert (layer.weight() - linear.weight).abs().max() < 1e-2 * moved.abs().max()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes and memory are read from /proc")
+def test_benchmark_of_two_processes_runs(tmp_path):
+    command = [sys.executable, "-m", "fastloss.benchmarks.distributed", "--timed", "256", "16", "--memory", "256", "16"]
+    output = tmp_path / "distributed.json"
+    run = subprocess.run(
+        [*command, "--rounds", "1", "--output", str(output)], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads(output.read_text())
+    assert set(report["timed"]["seconds"]) == {
+        "one process",
+        *(f"two processes, {schedule}" for schedule in ("auto", "all-gather", "ring")),
+        "open_clip, two processes",
+    }
+    assert report["timed"]["speedup_over_one_process"] > 0
+    assert report["traffic"]["ring"]["least"] == 2 * 128 * 16 * 4
+    assert all(traffic["sent"] > traffic["least"] for traffic in (report["traffic"][s] for s in ("ring", "all-gather")))
+    assert len(report["memory"]["extra_bytes_by_rank"]) == 2
+
+
+@pytest.mark.parametrize("start", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]], ids=["alone", "two"])
+def test_towers_train_alone_and_in_two_processes(start):
+    pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
+    example = Path(__file__).parents[1] / "examples" / "ddp_clip.py"
+    run = subprocess.run([sys.executable, *start, str(example)], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 process: loss" in run.stdout
+    assert ("largest relative difference of the curves" in run.stdout) == bool(start)

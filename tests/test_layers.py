@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("functional", "modules", "arguments", "pot", "plans", "sphere"), 0),
+    "distributed": 0.5,
     **dict.fromkeys(("ops", "methods", "harmonics"), 1),
     **dict.fromkeys(("tiles", "factored", "constants", "portable", "native", "triton"), 2),
     **dict.fromkeys(("tables", "program"), 3),

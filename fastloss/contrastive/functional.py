@@ -9,12 +9,14 @@ a difference of two nearly equal logarithms has none.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastloss._checks import (
+    check_choice,
     check_device,
     check_flag,
     check_floating,
@@ -24,7 +26,9 @@ from fastloss._checks import (
     check_scalar_or_rows,
     check_size,
 )
-from fastloss._ops import accumulation_dtype
+from fastloss._distributed import SCHEDULES, World, agree, announced, shared, total
+from fastloss._ops import accumulation_dtype, needs_grad
+from fastloss.contrastive import distributed
 from fastloss.contrastive.ops import nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
 
@@ -34,7 +38,10 @@ SMALL_SELF_SIMILARITY = 1 << 26
 MIN_TEMPERATURE = 1e-8  # of nt_xent, as lightly's
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def info_nce(
@@ -50,7 +57,8 @@ def info_nce(
     query_ids: Tensor | None = None,
     key_ids: Tensor | None = None,
     extra_negatives: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+    schedule: str = "auto",
 ) -> Tensor:
     r"""InfoNCE loss, without the batch-by-batch matrix of similarities.
 
@@ -76,7 +84,10 @@ def info_nce(
             (M,) for "unpaired" and (B, M) for "paired" negatives.
         extra_negatives: (M, D) more negatives for every query beside the in-batch ones: a queue, a memory bank, mined
             ones. They join the query-to-key direction. Without ids they are never left out.
-        group: None, or a process group of one rank.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see Several processes. `negative_keys` and `extra_negatives` stay with the queries
+            of their rank.
+        schedule: "all-gather", "ring" or "auto": how rows travel between the ranks.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are multiplied and summed in float32).
@@ -100,6 +111,30 @@ def info_nce(
         are found in the forward pass and held twice, with a panel of whole rows, at most 32 MiB.
         "paired" stores its (B, M) logits, fewer than its inputs.
 
+    Several processes:
+        With `group` every rank calls with its own rows, any number of them, also none. "sum" and "mean" return the loss
+        of the rows of all ranks on every rank, "none" the losses of the rank's own rows. Gradients are those of the sum
+        over the ranks of what they return, so that averages over the ranks come out right: DistributedDataParallel and
+        FSDP, which average, give a model the gradient that one process with all rows would. So the gradient of a
+        rank's rows, or of one temperature a row, is W times that of one process with W ranks; the gradient of a 0-dim
+        temperature is, on every rank, that of one process, averaged again or not. Without either of them, average the
+        gradients of the model over the ranks.
+
+        A queue that is the same on all ranks, as `extra_negatives`, is what it is in one process; negatives of a rank's
+        own are seen by its queries alone. A 0-dim temperature must be the same on all ranks.
+
+        Before any work the ranks show each other sizes, dtypes and options in one small all-gather: where they do not
+        fit, every rank raises. A rank that does not come is an error after the group's timeout.
+
+        "all-gather" sends rows to all ranks at once, and gradients back by one all-to-all, (W - 1) n D numbers each,
+        and holds the rows of all ranks. "ring" passes them on from rank to rank while the last ones are computed with,
+        holds two blocks of rows and two of gradients, and sends the rows again in the backward pass, unless there is
+        but one block to visit (two ranks; in nt_xent also three). "auto" is "ring" then, and for rows of more than
+        64 MiB of all ranks together; else it is "all-gather". Similarities are never sent; each is computed on one
+        rank, in the backward pass again but for those kept. Rows travel in their dtype, gradients in the accumulation
+        dtype.
+        ``torch.compile`` breaks its graph at a loss with `group` (with ``fullgraph=True`` it raises).
+
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not (MKL's do on
         some processors, for deep and narrow ones).
@@ -113,73 +148,45 @@ def info_nce(
         tensor(0.5514)
     """
     name = "info_nce"
-    check_flag(name, "normalize", normalize)
-    check_flag(name, "symmetric", symmetric)
-    check_reduction(name, reduction)
-    if negative_mode not in ("unpaired", "paired"):
-        raise ValueError(f"{name}: `negative_mode` must be 'unpaired' or 'paired', got {negative_mode!r}")
-    _check_pair(name, "query", query, "positive_key", positive_key)
-    b, d = query.shape
-    if negative_keys is not None:
-        paired = negative_mode == "paired"
-        if symmetric:
-            raise ValueError(f"{name}: `symmetric` must be False with `negative_keys`, got True")
-        if extra_negatives is not None:
-            raise ValueError(f"{name}: `extra_negatives` must be None with `negative_keys`, got a tensor")
-        check_floating(name, "negative_keys", negative_keys, "(B, M, D)" if paired else "(M, D)", 3 if paired else 2)
-        if paired:
-            check_size(name, "negative_keys", negative_keys, 0, b, "one row of negatives a query")
-        check_size(name, "negative_keys", negative_keys, -1, d, "the width of `query`")
-        check_device(name, "negative_keys", negative_keys, "query", query)
-    if extra_negatives is not None:
-        check_floating(name, "extra_negatives", extra_negatives, "(M, D)", 2)
-        check_size(name, "extra_negatives", extra_negatives, 1, d, "the width of `query`")
-        check_device(name, "extra_negatives", extra_negatives, "query", query)
-    check_group(name, group)
-    if negative_keys is not None:
-        query, positive_key, negative_keys = _common_dtype(query, positive_key, negative_keys)
-    elif extra_negatives is not None:
-        query, positive_key, extra_negatives = _common_dtype(query, positive_key, extra_negatives)
-    else:
-        query, positive_key = _common_dtype(query, positive_key)
-    scale = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True).reciprocal()
-    if key_ids is not None and query_ids is None:
-        raise ValueError(f"{name}: `query_ids` must be given with `key_ids`, got None")
-    if query_ids is not None:
-        query_ids = check_ids(name, "query_ids", query_ids, (b,), "query", query)
+    group = check_group(name, group)
+    query, positive_key, negative_keys, extra_negatives, scale, query_ids, key_ids, extra_ids = announced(
+        name, group, _info_nce_arguments, query, positive_key, negative_keys, temperature, reduction, negative_mode,
+        normalize, symmetric, query_ids, key_ids, extra_negatives, schedule,
+    )  # fmt: skip
+    world = None
+    if group is not None:
+        facts = {
+            "`reduction`": reduction,
+            "`normalize`": normalize,
+            "`symmetric`": symmetric,
+            "whether `negative_keys` is given": negative_keys is not None,
+            "whether `query_ids` is given": query_ids is not None,
+        }
+        world = agree(name, group, query, scale, needs_grad(query, positive_key, scale), schedule, facts)
+    if world is not None:
+        scale = shared(world, scale)
 
     if negative_keys is not None:
-        if query_ids is not None:
-            if key_ids is None:
-                raise ValueError(f"{name}: `key_ids` must be given with `query_ids` and `negative_keys`, got None")
-            key_ids = check_ids(name, "key_ids", key_ids, tuple(negative_keys.shape[:-1]), "query", query)
         positive = scale * _row_similarity(query, positive_key, normalize)
         if negative_keys.dim() == 2:
             negatives, _, _ = similarity_lse(
                 query, negative_keys, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize
             )
         else:
-            logits = scale.expand(b).unsqueeze(1) * _row_similarity(query.unsqueeze(1), negative_keys, normalize)
+            logits = scale.expand(len(query)).unsqueeze(1) * _row_similarity(
+                query.unsqueeze(1), negative_keys, normalize
+            )
             if query_ids is not None and key_ids is not None:
                 logits = logits.masked_fill(query_ids.unsqueeze(1) == key_ids, -math.inf)
             negatives = logits.logsumexp(1)
-        return _reduce(nll(negatives, positive), reduction)
+        return _reduce(nll(negatives, positive), reduction, world)
 
-    extra_ids = None
-    if query_ids is not None:
-        if key_ids is None:
-            key_ids = query_ids
-        elif extra_negatives is not None and isinstance(key_ids, Tensor) and tuple(key_ids.shape) != (b,):
-            key_ids = check_ids(name, "key_ids", key_ids, (b + len(extra_negatives),), "query", query)
-            key_ids, extra_ids = key_ids[:b], key_ids[b:]
-        else:
-            key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
-    if reduction != "none" and extra_negatives is None:
-        total = pair_nll(
+    if reduction != "none" and extra_negatives is None and world is None:
+        value = pair_nll(
             query, positive_key, scale, q_ids=query_ids, k_ids=key_ids, normalize=normalize, symmetric=symmetric
         )
-        return total if reduction == "sum" else total / b
-    row, col, diagonal = similarity_lse(
+        return value if reduction == "sum" else value / len(query)
+    row, col, diagonal = _sweep(world)(
         query,
         positive_key,
         scale,
@@ -187,7 +194,6 @@ def info_nce(
         q_ids=query_ids,
         k_ids=key_ids,
         normalize=normalize,
-        drop_diagonal=True,
     )
     positive = scale * diagonal
     if extra_negatives is not None:
@@ -197,7 +203,7 @@ def info_nce(
     loss = nll(row, positive)
     if symmetric:
         loss = (loss + nll(col, positive)) / 2
-    return _reduce(loss, reduction)
+    return _reduce(loss, reduction, world)
 
 
 def clip_loss(
@@ -210,7 +216,8 @@ def clip_loss(
     reduction: str = "mean",
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+    schedule: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     r"""CLIP's symmetric contrastive loss, both directions from one sweep over the similarities.
 
@@ -231,7 +238,9 @@ def clip_loss(
         reduction: "none" gives (B,); "sum"; "mean".
         image_ids: (B,) integers; pairs of equal id other than (i, i) are left out (false negatives).
         text_ids: (B,) integers; by default `image_ids`.
-        group: None, or a process group of one rank.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see :func:`info_nce`.
+        schedule: "all-gather", "ring" or "auto": how rows travel between the ranks, see :func:`info_nce`.
 
     Returns:
         float64 for float64 inputs, float32 otherwise; B = 0 gives 0 for "sum" and NaN for "mean".
@@ -251,31 +260,29 @@ def clip_loss(
         tensor(0.0001)
     """
     name = "clip_loss"
-    check_flag(name, "output_dict", output_dict)
-    check_reduction(name, reduction)
-    _check_pair(name, "image_features", image_features, "text_features", text_features)
-    check_group(name, group)
-    b = len(image_features)
-    image_features, text_features = _common_dtype(image_features, text_features)
-    scale = check_scalar_or_rows(name, "logit_scale", logit_scale, b, image_features, positive=False)
-    if text_ids is not None and image_ids is None:
-        raise ValueError(f"{name}: `image_ids` must be given with `text_ids`, got None")
-    if image_ids is not None:
-        image_ids = check_ids(name, "image_ids", image_ids, (b,), "image_features", image_features)
-        text_ids = image_ids if text_ids is None else text_ids
-        text_ids = check_ids(name, "text_ids", text_ids, (b,), "image_features", image_features)
-    bias = None
-    if logit_bias is not None:
-        bias = check_scalar_or_rows(name, "logit_bias", logit_bias, None, image_features, positive=False)
-    if reduction == "none":
-        row, col, diagonal = similarity_lse(
-            image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
+    group = check_group(name, group)
+    image_features, text_features, scale, bias, image_ids, text_ids = announced(
+        name, group, _clip_arguments, image_features, text_features, logit_scale, logit_bias, output_dict, reduction,
+        image_ids, text_ids, schedule,
+    )  # fmt: skip
+    world = None
+    if group is not None:
+        facts = {
+            "`reduction`": reduction,
+            "whether `image_ids` is given": image_ids is not None,
+        }
+        world = agree(
+            name, group, image_features, scale, needs_grad(image_features, text_features, scale), schedule, facts
         )
+    if world is not None:
+        scale = shared(world, scale)
+    if reduction == "none" or world is not None:
+        row, col, diagonal = _sweep(world)(image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids)
         positive = scale * diagonal
-        loss = (nll(row, positive) + nll(col, positive)) / 2
+        loss = _reduce((nll(row, positive) + nll(col, positive)) / 2, reduction, world)
     else:
         loss = pair_nll(image_features, text_features, scale, q_ids=image_ids, k_ids=text_ids, symmetric=True)
-        loss = loss if reduction == "sum" else loss / b
+        loss = loss if reduction == "sum" else loss / len(image_features)
     if bias is not None:
         loss = loss + 0 * bias.reshape(())
     return {"contrastive_loss": loss} if output_dict else loss
@@ -289,7 +296,8 @@ def nt_xent(
     reduction: str = "mean",
     normalize: bool = True,
     ids: Tensor | None = None,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+    schedule: str = "auto",
 ) -> Tensor:
     r"""NT-Xent, the loss of SimCLR: 2B anchors, each against its other view and the 2B - 2 views of the others.
 
@@ -308,7 +316,9 @@ def nt_xent(
         reduction: "none" gives (2B,), the anchors of z0 first; "sum"; "mean".
         normalize: False takes dot products for c_ij instead of cosines.
         ids: (B,) integers; both views of another sample of equal id are left out (false negatives).
-        group: None, or a process group of one rank.
+        group: None, or a process group or a mesh of one dimension: the rows are those of its rank, and the loss is that
+            of the rows of all ranks, see :func:`info_nce`.
+        schedule: "all-gather", "ring" or "auto": how rows travel between the ranks, see :func:`info_nce`.
 
     Returns:
         float64 for float64 inputs, float32 otherwise; B = 0 gives 0 for "sum" and NaN for "mean".
@@ -328,29 +338,43 @@ def nt_xent(
         tensor(0.5514)
     """
     name = "nt_xent"
-    check_flag(name, "normalize", normalize)
-    check_reduction(name, reduction)
-    _check_pair(name, "z0", z0, "z1", z1)
-    check_group(name, group)
+    group = check_group(name, group)
+    z0, z1, scale, ids = announced(
+        name, group, _nt_xent_arguments, z0, z1, temperature, reduction, normalize, ids, schedule
+    )
     b = len(z0)
-    z0, z1 = _common_dtype(z0, z1)
-    scale = check_scalar_or_rows(
-        name, "temperature", temperature, b, z0, positive=True, least=MIN_TEMPERATURE
-    ).reciprocal()
-    if ids is not None:
-        ids = check_ids(name, "ids", ids, (b,), "z0", z0)
+    if group is not None:
+        facts = {
+            "`reduction`": reduction,
+            "`normalize`": normalize,
+            "whether `ids` is given": ids is not None,
+        }
+        world = agree(name, group, z0, scale, needs_grad(z0, z1, scale), schedule, facts)
+        if world is not None:
+            scale, views = shared(world, scale), world.views(2)
+            own = torch.arange(b, device=z0.device) if ids is None else ids
+            negatives = distributed.self_similarity_lse(
+                views,
+                torch.cat((z0, z1)),
+                _twice(scale),
+                torch.cat((own, own)),
+                None if ids is None else torch.cat((ids, ids)),
+                normalize=normalize,
+            )
+            positive = scale * _row_similarity(z0, z1, normalize)
+            return _reduce(nll(negatives, torch.cat((positive, positive))), reduction, views)
     if reduction != "none" and (2 * b) ** 2 * z0.shape[1] <= SMALL_SELF_SIMILARITY:
         own = torch.arange(b, device=z0.device) if ids is None else ids
         # Equal ids are left out but for the pair (i, i), which is (anchor, other view): also an anchor with itself.
-        total = pair_nll(
+        value = pair_nll(
             torch.cat((z0, z1)),
             torch.cat((z1, z0)),
-            scale if scale.dim() == 0 else torch.cat((scale, scale)),
+            _twice(scale),
             q_ids=torch.cat((own, own)),
             k_ids=torch.cat((own, own)),
             normalize=normalize,
         )
-        return total if reduction == "sum" else total / (2 * b)
+        return value if reduction == "sum" else value / (2 * b)
     within0 = self_similarity_lse(z0, scale, ids=ids, normalize=normalize)
     within1 = self_similarity_lse(z1, scale, ids=ids, normalize=normalize)
     row, col, diagonal = similarity_lse(
@@ -359,6 +383,118 @@ def nt_xent(
     positive = scale * diagonal
     loss = torch.cat([nll(_add_exp(within0, row), positive), nll(_add_exp(within1, col), positive)])
     return _reduce(loss, reduction)
+
+
+def _info_nce_arguments(
+    query: Tensor, positive_key: Tensor, negative_keys: Tensor | None, temperature: float | Tensor, reduction: str,
+    negative_mode: str, normalize: bool, symmetric: bool, query_ids: Tensor | None, key_ids: Tensor | None,
+    extra_negatives: Tensor | None, schedule: str,
+) -> tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None
+]:  # fmt: skip
+    """Checked, in one dtype; the temperature as a scale, and the ids of the extra negatives apart from the others."""
+    name = "info_nce"
+    check_flag(name, "normalize", normalize)
+    check_flag(name, "symmetric", symmetric)
+    check_reduction(name, reduction)
+    check_choice(name, "schedule", schedule, SCHEDULES)
+    check_choice(name, "negative_mode", negative_mode, ("unpaired", "paired"))
+    _check_pair(name, "query", query, "positive_key", positive_key)
+    b, d = query.shape
+    if negative_keys is not None:
+        paired = negative_mode == "paired"
+        if symmetric:
+            raise ValueError(f"{name}: `symmetric` must be False with `negative_keys`, got True")
+        if extra_negatives is not None:
+            raise ValueError(f"{name}: `extra_negatives` must be None with `negative_keys`, got a tensor")
+        check_floating(name, "negative_keys", negative_keys, "(B, M, D)" if paired else "(M, D)", 3 if paired else 2)
+        if paired:
+            check_size(name, "negative_keys", negative_keys, 0, b, "one row of negatives a query")
+        check_size(name, "negative_keys", negative_keys, -1, d, "the width of `query`")
+        check_device(name, "negative_keys", negative_keys, "query", query)
+    if extra_negatives is not None:
+        check_floating(name, "extra_negatives", extra_negatives, "(M, D)", 2)
+        check_size(name, "extra_negatives", extra_negatives, 1, d, "the width of `query`")
+        check_device(name, "extra_negatives", extra_negatives, "query", query)
+    if negative_keys is not None:
+        query, positive_key, negative_keys = _common_dtype(query, positive_key, negative_keys)
+    elif extra_negatives is not None:
+        query, positive_key, extra_negatives = _common_dtype(query, positive_key, extra_negatives)
+    else:
+        query, positive_key = _common_dtype(query, positive_key)
+    scale = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True).reciprocal()
+    extra_ids = None
+    if query_ids is None:
+        if key_ids is not None:
+            raise ValueError(f"{name}: `query_ids` must be given with `key_ids`, got None")
+    else:
+        query_ids = check_ids(name, "query_ids", query_ids, (b,), "query", query)
+        if negative_keys is not None:
+            if key_ids is None:
+                raise ValueError(f"{name}: `key_ids` must be given with `query_ids` and `negative_keys`, got None")
+            key_ids = check_ids(name, "key_ids", key_ids, tuple(negative_keys.shape[:-1]), "query", query)
+        elif key_ids is None:
+            key_ids = query_ids
+        elif extra_negatives is not None and isinstance(key_ids, Tensor) and tuple(key_ids.shape) != (b,):
+            key_ids = check_ids(name, "key_ids", key_ids, (b + len(extra_negatives),), "query", query)
+            key_ids, extra_ids = key_ids[:b], key_ids[b:]
+        else:
+            key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
+    return query, positive_key, negative_keys, extra_negatives, scale, query_ids, key_ids, extra_ids
+
+
+def _clip_arguments(
+    image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor | None,
+    output_dict: bool, reduction: str, image_ids: Tensor | None, text_ids: Tensor | None, schedule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    name = "clip_loss"
+    check_flag(name, "output_dict", output_dict)
+    check_reduction(name, reduction)
+    check_choice(name, "schedule", schedule, SCHEDULES)
+    _check_pair(name, "image_features", image_features, "text_features", text_features)
+    b = len(image_features)
+    image_features, text_features = _common_dtype(image_features, text_features)
+    scale = check_scalar_or_rows(name, "logit_scale", logit_scale, b, image_features, positive=False)
+    if text_ids is not None and image_ids is None:
+        raise ValueError(f"{name}: `image_ids` must be given with `text_ids`, got None")
+    if image_ids is not None:
+        image_ids = check_ids(name, "image_ids", image_ids, (b,), "image_features", image_features)
+        text_ids = image_ids if text_ids is None else text_ids
+        text_ids = check_ids(name, "text_ids", text_ids, (b,), "image_features", image_features)
+    bias = None
+    if logit_bias is not None:
+        bias = check_scalar_or_rows(name, "logit_bias", logit_bias, None, image_features, positive=False)
+    return image_features, text_features, scale, bias, image_ids, text_ids
+
+
+def _nt_xent_arguments(
+    z0: Tensor, z1: Tensor, temperature: float | Tensor, reduction: str, normalize: bool, ids: Tensor | None,
+    schedule: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    name = "nt_xent"
+    check_flag(name, "normalize", normalize)
+    check_reduction(name, reduction)
+    check_choice(name, "schedule", schedule, SCHEDULES)
+    _check_pair(name, "z0", z0, "z1", z1)
+    b = len(z0)
+    z0, z1 = _common_dtype(z0, z1)
+    scale = check_scalar_or_rows(
+        name, "temperature", temperature, b, z0, positive=True, least=MIN_TEMPERATURE
+    ).reciprocal()
+    if ids is not None:
+        ids = check_ids(name, "ids", ids, (b,), "z0", z0)
+    return z0, z1, scale, ids
+
+
+def _sweep(world: World | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Statistics over all pairs of rows but the positives, of this process or of all ranks."""
+    if world is None:
+        return partial(similarity_lse, drop_diagonal=True)
+    return partial(distributed.similarity_lse, world)
+
+
+def _twice(scale: Tensor) -> Tensor:
+    return torch.cat((scale, scale)) if scale.dim() else scale
 
 
 def _check_pair(function: str, name: str, x: Any, other_name: str, other: Any) -> None:
@@ -395,7 +531,11 @@ def _add_exp(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(nothing, -math.inf, torch.logaddexp(a.masked_fill(nothing, 0), b))
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def _reduce(loss: Tensor, reduction: str, world: World | None = None) -> Tensor:
+    """With a world, of the losses of all ranks."""
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.mean()
+    if world is None:
+        return loss.sum() if reduction == "sum" else loss.mean()
+    summed = total(world, loss.sum())
+    return summed if reduction == "sum" else summed / sum(world.rows)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
-from fastloss._checks import check_choice, check_flag, check_reduction, check_scale
+from fastloss._checks import check_choice, check_flag, check_group, check_reduction, check_scale
+from fastloss._distributed import SCHEDULES
 from fastloss.contrastive.functional import MIN_TEMPERATURE, clip_loss, info_nce, nt_xent
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class InfoNCE(nn.Module):
     """:func:`fastloss.info_nce` as a module; a drop-in for ``info_nce.InfoNCE``.
 
     Args:
-        temperature, reduction, negative_mode, normalize, symmetric: as :func:`fastloss.info_nce`. A temperature that
-            is an ``nn.Parameter`` is learned.
+        temperature, reduction, negative_mode, normalize, symmetric, group, schedule: as :func:`fastloss.info_nce`. A
+            temperature that is an ``nn.Parameter`` is learned, with `group` the same on all ranks.
 
     Example:
         >>> loss = fastloss.InfoNCE(temperature=nn.Parameter(torch.tensor(0.1)))
@@ -30,6 +37,8 @@ class InfoNCE(nn.Module):
         *,
         normalize: bool = True,
         symmetric: bool = False,
+        group: ProcessGroup | DeviceMesh | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         check_scale("InfoNCE", "temperature", temperature, positive=True)
@@ -37,11 +46,15 @@ class InfoNCE(nn.Module):
         check_choice("InfoNCE", "negative_mode", negative_mode, ("unpaired", "paired"))
         check_flag("InfoNCE", "normalize", normalize)
         check_flag("InfoNCE", "symmetric", symmetric)
+        group = check_group("InfoNCE", group)
+        check_choice("InfoNCE", "schedule", schedule, SCHEDULES)
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode
         self.normalize = normalize
         self.symmetric = symmetric
+        self.group = group
+        self.schedule = schedule
 
     def forward(
         self,
@@ -66,6 +79,8 @@ class InfoNCE(nn.Module):
             query_ids=query_ids,
             key_ids=key_ids,
             extra_negatives=extra_negatives,
+            group=self.group,
+            schedule=self.schedule,
         )
 
     def extra_repr(self) -> str:
@@ -76,16 +91,18 @@ class InfoNCE(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """:func:`fastloss.clip_loss` as a module; a drop-in for ``open_clip.ClipLoss`` in one process.
+    """:func:`fastloss.clip_loss` as a module; a drop-in for ``open_clip.ClipLoss``.
 
     Args:
-        local_loss, gather_with_grad, rank, world_size: open_clip's description of the distributed loss; `world_size`
-            must be 1, which makes the other three irrelevant.
+        local_loss, gather_with_grad: accepted for compatibility: the value and the gradients are always those of the
+            loss over all ranks, as open_clip's with ``gather_with_grad=True``.
         cache_labels: accepted for compatibility; there are no labels to cache.
-        reduction: as :func:`fastloss.clip_loss`.
+        rank, world_size: with a `world_size` above 1, those of the group.
+        reduction, group, schedule: as :func:`fastloss.clip_loss`; by default the group is that of all processes if
+            `world_size` is above 1.
 
     Raises:
-        ValueError: `world_size` is not 1.
+        ValueError: `rank` and `world_size` are not those of the group, or there is none.
     """
 
     def __init__(
@@ -98,19 +115,25 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         reduction: str = "mean",
+        group: ProcessGroup | DeviceMesh | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         check_reduction("ClipLoss", reduction)
         if use_horovod:
             raise ValueError("ClipLoss: `use_horovod` must be False, got True")
+        group = check_group("ClipLoss", group)
+        check_choice("ClipLoss", "schedule", schedule, SCHEDULES)
         if world_size != 1:
-            raise ValueError(f"ClipLoss: `world_size` must be 1 in this version of fastloss, got {world_size}")
+            group = _group_of("ClipLoss", group, rank, world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.reduction = reduction
+        self.group = group
+        self.schedule = schedule
 
     def forward(
         self,
@@ -133,6 +156,8 @@ class ClipLoss(nn.Module):
             reduction=self.reduction,
             image_ids=image_ids,
             text_ids=text_ids,
+            group=self.group,
+            schedule=self.schedule,
         )
 
     def extra_repr(self) -> str:
@@ -147,7 +172,9 @@ class NTXentLoss(nn.Module):
             ``nn.Parameter`` is learned.
         memory_bank_size: must be 0, or a shape that begins with 0; a bank of negatives is
             ``fastloss.info_nce(..., extra_negatives=bank)``.
-        gather_distributed: True asks for the loss over all ranks; the default process group must then have one.
+        gather_distributed: True asks for the loss over all ranks of `group`, where processes are initialised.
+        group: a process group or a mesh of one dimension; by default, with `gather_distributed`, that of all processes.
+        schedule: as :func:`fastloss.nt_xent`.
 
     Raises:
         TypeError, ValueError: a temperature that is not finite or below 1e-8, or a memory bank.
@@ -161,6 +188,8 @@ class NTXentLoss(nn.Module):
         *,
         reduction: str = "mean",
         normalize: bool = True,
+        group: ProcessGroup | DeviceMesh | None = None,
+        schedule: str = "auto",
     ) -> None:
         super().__init__()
         check_scale("NTXentLoss", "temperature", temperature, positive=True, least=MIN_TEMPERATURE)
@@ -173,13 +202,19 @@ class NTXentLoss(nn.Module):
                 f"got {memory_bank_size}"
             )
         self.temperature = temperature
+        group = check_group("NTXentLoss", group)
+        check_choice("NTXentLoss", "schedule", schedule, SCHEDULES)
         self.gather_distributed = gather_distributed
         self.reduction = reduction
         self.normalize = normalize
+        self.group = group
+        self.schedule = schedule
 
     def forward(self, out0: Tensor, out1: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """(B, D) views and (B,) ids: a loss of shape () or, for "none", (2B,)."""
-        distributed = self.gather_distributed and torch.distributed.is_initialized()
+        group = self.group
+        if group is None and self.gather_distributed and torch.distributed.is_initialized():
+            group = torch.distributed.group.WORLD
         return nt_xent(
             out0,
             out1,
@@ -187,7 +222,8 @@ class NTXentLoss(nn.Module):
             reduction=self.reduction,
             normalize=self.normalize,
             ids=ids,
-            group=torch.distributed.group.WORLD if distributed else None,
+            group=group,
+            schedule=self.schedule,
         )
 
     def extra_repr(self) -> str:
@@ -196,3 +232,18 @@ class NTXentLoss(nn.Module):
 
 def _shown(temperature: float | Tensor) -> str:
     return "learned" if isinstance(temperature, Tensor) else str(temperature)
+
+
+def _group_of(module: str, group: Any, rank: int, world_size: int) -> Any:
+    """The group that `rank` and `world_size` describe."""
+    if group is None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise ValueError(f"{module}: `world_size` must be 1 without initialised processes, got {world_size}")
+        group = torch.distributed.group.WORLD
+    is_rank, is_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    if (rank, world_size) != (is_rank, is_size):
+        raise ValueError(
+            f"{module}: `rank` and `world_size` must be {is_rank} and {is_size}, those of the group, "
+            f"got {rank} and {world_size}"
+        )
+    return group

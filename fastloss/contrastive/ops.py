@@ -54,12 +54,12 @@ _SCHEMAS = {
 
 define("contrastive", _SCHEMAS)
 
-_similarity_lse = torch.ops.fastloss.similarity_lse_fwd.default
-_similarity_lse_bwd = torch.ops.fastloss.similarity_lse_bwd.default
+similarity_lse_fwd = torch.ops.fastloss.similarity_lse_fwd.default
+similarity_lse_bwd = torch.ops.fastloss.similarity_lse_bwd.default
 _pair_nll = torch.ops.fastloss.pair_nll_fwd.default
 _pair_nll_bwd = torch.ops.fastloss.pair_nll_bwd.default
-_self_similarity_lse = torch.ops.fastloss.self_similarity_lse_fwd.default
-_self_similarity_lse_bwd = torch.ops.fastloss.self_similarity_lse_bwd.default
+self_similarity_lse_fwd = torch.ops.fastloss.self_similarity_lse_fwd.default
+self_similarity_lse_bwd = torch.ops.fastloss.self_similarity_lse_bwd.default
 
 
 @torch.library.register_fake("fastloss::similarity_lse_fwd", lib=LIBRARY)
@@ -121,7 +121,7 @@ class _SimilarityLse(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _similarity_lse(*args)
+        return similarity_lse_fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -139,7 +139,7 @@ class _SimilarityLse(torch.autograd.Function):
         )
         need_q, need_k, need_row, need_col = ctx.needs_input_grad[:4]
         grad_q, grad_k, per_row, per_col = once(
-            "contrastive", _similarity_lse_bwd, *upstream, *saved,
+            "contrastive", similarity_lse_bwd, *upstream, *saved,
             ctx.normalize, ctx.drop_diagonal, need_q, need_k, need_row or need_col,
         )  # fmt: skip
         return (
@@ -184,7 +184,7 @@ class _SelfSimilarityLse(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _self_similarity_lse(*args)
+        return self_similarity_lse_fwd(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -199,7 +199,7 @@ class _SelfSimilarityLse(torch.autograd.Function):
         saved = ctx.saved_tensors
         scale = saved[1]
         need_x, need_scale = ctx.needs_input_grad[:2]
-        grad_x, per_row = once("contrastive", _self_similarity_lse_bwd, grad, *saved, ctx.normalize, need_x, need_scale)
+        grad_x, per_row = once("contrastive", self_similarity_lse_bwd, grad, *saved, ctx.normalize, need_x, need_scale)
         return (
             grad_x if need_x else None,
             (per_row if scale.dim() else per_row.sum()) if need_scale else None,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastloss._backends import implementation
+from fastloss._distributed import World, all_sum
 
 ROWS = 16384  # of V in a tile
 PROBES = 8  # vectors that look at U and its inverse
@@ -35,6 +36,15 @@ class State:
     delta: Tensor
     mean: Tensor
     gram: Tensor
+    split: World | None = None  # V has the rows of this rank's classes only; all else is the same on all ranks
+
+    @property
+    def classes(self) -> int:
+        return len(self.v) if self.split is None else sum(self.split.rows)
+
+    def all(self, x: Tensor) -> Tensor:
+        """The sum over all classes of what is x for those of V."""
+        return x if self.split is None else all_sum(self.split.group, x)
 
 
 @dataclass
@@ -50,15 +60,17 @@ class Gradients:
     product: Tensor  # (B, d) hidden times the Gram
 
 
-def from_dense(weight: Tensor) -> State:
-    """State of a dense weight (C, d); costs O(C d^2), and takes `weight` over."""
-    mean = weight.mean(0)
-    v = weight.sub_(mean)
-    rest = v.mean(0)  # the rounding of a mean that is large beside the spread
-    v -= rest
-    mean = mean + rest
+def from_dense(weight: Tensor, split: World | None = None) -> State:
+    """State of a dense weight (C, d), or of this rank's rows of it; costs O(C d^2), and takes `weight` over."""
     eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return State(v, eye, eye.clone(), torch.zeros_like(mean), mean, v.T @ v)
+    zero = weight.new_zeros(weight.shape[1])
+    state = State(weight, eye, eye.clone(), zero, zero.clone(), torch.zeros_like(eye), split)
+    for _ in range(2):  # the second takes the rounding of a mean that is large beside the spread
+        mean = state.all(weight.sum(0)) / state.classes
+        weight -= mean
+        state.mean += mean
+    state.gram += state.all(weight.T @ weight)
+    return state
 
 
 def to_dense(state: State) -> Tensor:
@@ -74,7 +86,11 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
 
     And what the gradient to hidden needs again: the centred rows of W (B, K, d), and hidden times the Gram (B, d).
     """
-    seen = state.v.index_select(0, target.flatten())
+    if state.split is None:
+        seen = state.v.index_select(0, target.flatten())
+    else:
+        mine, local = state.split.own(target.flatten())
+        seen = state.all(state.v.index_select(0, local).masked_fill_(~mine[:, None], 0))
     rows = torch.addmm(state.delta, seen, state.u).view(*target.shape, len(state.u))
     product = hidden @ state.gram
     return *_kernels(state).factored_statistics(rows, product, hidden, state.mean), rows, product
@@ -136,7 +152,7 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
     scaled, half, full = take("scaled", n, width), take("half", n, width), take("full", n, width)
     kernels.factored_factors(hidden, grads.product, grads.rows, grads.g_v, lr, shrink, (scaled, half, full))
     small = torch.mm(half, hidden.T, out=take("small", n, n))
-    kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, len(state.v))
+    kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, state.classes)
     full.addmm_(small, hidden)
     if not math.isfinite(float(full.sum()) + float(grads.g_mean.sum()) * lr):
         raise OverflowError
@@ -170,7 +186,7 @@ def commit(plan: Plan) -> int:
     V is written in the rows of the targets, and in all rows when a row of H U^-1 grew beyond the plan's limit.
     """
     state, grads, scaled, solution, shrink = plan.state, plan.grads, plan.scaled, plan.solution, plan.shrink
-    hidden, share = grads.hidden, plan.lr / len(state.v)
+    hidden, share = grads.hidden, plan.lr / state.classes
     kernels = _kernels(state)
     if len(hidden) < len(state.u):
         state.u.addmm_(plan.u_change, scaled, beta=shrink)
@@ -186,7 +202,11 @@ def commit(plan: Plan) -> int:
         moved = stabilise(state, plan.limit)
         solution = hidden @ state.inverse
     kernels.symmetric_update(state.gram, plan.change, shrink * shrink)
-    kernels.factored_scatter(state.v, grads.target, grads.g_t, solution, plan.lr)
+    target, g_t = grads.target, grads.g_t
+    if state.split is not None:
+        mine, target = state.split.own(target)
+        g_t = torch.where(mine, g_t, 0)
+    kernels.factored_scatter(state.v, target, g_t, solution, plan.lr)
     delta = torch.addmv(state.delta, scaled.T, hidden @ state.delta, beta=shrink)
     torch.addmv(delta, hidden.T, grads.g_t.sum(1), alpha=share, out=state.delta)
     state.mean.mul_(shrink).addmv_(hidden.T, grads.g_mean, alpha=-share)
@@ -248,6 +268,7 @@ def drift(state: State) -> float:
         logits = (tile @ inner).add_(offset)
         total += logits.sum(0)
         product += tile.T @ logits
+    total, product = state.all(total), state.all(product)
     exact = state.u.T.double() @ product + state.delta.double()[:, None] * total
     kept = (state.gram @ probes).double()
     size = float(torch.linalg.vector_norm(exact))
@@ -255,7 +276,7 @@ def drift(state: State) -> float:
         return 0.0 if not kept.any() else float("inf")
     error = float(torch.linalg.vector_norm(kept - exact)) / size
     spread = float((probes.double() * exact).sum(0).clamp(min=0).sum())  # of the logits, as C times a square
-    bias = float(total.square().sum()) / len(state.v)
+    bias = float(total.square().sum()) / state.classes
     return max(error, (bias / spread) ** 0.5 if spread else 0.0)
 
 
@@ -264,11 +285,12 @@ def refresh(state: State) -> None:
     mean_v = torch.zeros(len(state.u), dtype=torch.float64, device=state.u.device)
     for tile in torch.split(state.v, ROWS):
         mean_v += tile.sum(0)
-    mean_v = (mean_v / len(state.v)).to(state.v.dtype)
+    mean_v = (state.all(mean_v) / state.classes).to(state.v.dtype)
     gram = torch.zeros_like(state.gram, dtype=torch.float64)
     for tile in torch.split(state.v, ROWS):
         centred = tile - mean_v
         gram += centred.T @ centred
+    gram = state.all(gram)
     offset = mean_v @ state.u
     u = state.u.double()
     exact = u.T @ gram @ u
@@ -279,4 +301,5 @@ def refresh(state: State) -> None:
 
 
 def logits(state: State, hidden: Tensor, classes: Tensor | slice) -> Tensor:
+    """Of the classes with these rows of V."""
     return (hidden @ state.u.T) @ state.v[classes].T + (hidden @ (state.delta + state.mean))[:, None]

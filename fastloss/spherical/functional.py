@@ -9,14 +9,29 @@ and sums of squares as sums of two squares, so nothing cancels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import check_device, check_floating, check_ids, check_number, check_reduction, check_size
+from fastloss._checks import (
+    check_device,
+    check_floating,
+    check_group,
+    check_ids,
+    check_number,
+    check_reduction,
+    check_size,
+)
+from fastloss._distributed import World, agree, announced
+from fastloss._ops import needs_grad
+from fastloss.spherical.distributed import split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def z_loss(
@@ -268,6 +283,7 @@ def linear_z_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     eps: float = 1e-12,
+    class_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""The Z-loss of a linear layer without its logits: no shift and no scaling up of a row of logits changes it.
 
@@ -288,6 +304,8 @@ def linear_z_loss(
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
+        class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see Split
+            classes.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -313,6 +331,14 @@ def linear_z_loss(
         batches beyond about D / 2 rows take the Gram route, and cost what D / 2 rows cost. Rows in which the Gram
         route loses 8 bits or more to cancellation, |T h|^2 < |T^T T| |h|^2 / 256, are found and done by logits.
 
+    Split classes:
+        With `class_group` each rank passes its rows of `weight`, `bias` and `class_weight`, at least one class, and the
+        classes of the ranks follow each other; `hidden`, `sample_weight` and `target`, whose classes are among all,
+        are the same on all ranks. So are the loss and the gradients of `hidden` and `sample_weight`, and those of
+        `weight` and `bias` are the ranks' rows of them: all are those of one process, to be averaged over other groups
+        (of data) only. Sent are 4 or 5 numbers an example and the gradient of `hidden`. Disagreement, absence and
+        ``torch.compile`` as in :func:`fastloss.info_nce`.
+
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not.
 
@@ -329,7 +355,9 @@ def linear_z_loss(
     check_number(name, "a", a, above=0)
     check_number(name, "b", b)
     check_number(name, "eps", eps, least=0)
-    rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
+    rows = _linear_rows(
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
+    )
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
 
@@ -344,6 +372,7 @@ def linear_spherical_softmax_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     eps: float = 1e-6,
+    class_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Log-loss of the spherical softmax of a linear layer without its logits: probabilities go as their squares.
 
@@ -361,6 +390,8 @@ def linear_spherical_softmax_loss(
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
+        class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see
+            :func:`linear_z_loss`.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -388,7 +419,9 @@ def linear_spherical_softmax_loss(
     """
     name = "linear_spherical_softmax_loss"
     check_number(name, "eps", eps, above=0)
-    rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
+    rows = _linear_rows(
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
+    )
     return rows.reduce(_spherical(rows, eps), reduction)
 
 
@@ -402,6 +435,7 @@ def linear_taylor_softmax_loss(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Log-loss of the Taylor softmax of a linear layer, without its logits, which takes 1 + o + o^2 / 2 for exp(o).
 
@@ -418,6 +452,8 @@ def linear_taylor_softmax_loss(
         sample_weight: (B,) a factor for each example, differentiable; both multiply.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
+        class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see
+            :func:`linear_z_loss`.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -442,7 +478,9 @@ def linear_taylor_softmax_loss(
         tensor(0.1823)
     """
     name = "linear_taylor_softmax_loss"
-    rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
+    rows = _linear_rows(
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
+    )
     return rows.reduce(_taylor(rows), reduction)
 
 
@@ -456,6 +494,7 @@ def linear_one_hot_mse_loss(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Squared error of a linear layer, without its logits to a one-hot target, summed over the classes.
 
@@ -472,6 +511,8 @@ def linear_one_hot_mse_loss(
         sample_weight: (B,) a factor for each example, differentiable; both multiply.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
+        class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see
+            :func:`linear_z_loss`.
 
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
@@ -498,7 +539,9 @@ def linear_one_hot_mse_loss(
         tensor(5.)
     """
     name = "linear_one_hot_mse_loss"
-    rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
+    rows = _linear_rows(
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
+    )
     return rows.reduce(_one_hot_mse(rows), reduction)
 
 
@@ -556,7 +599,35 @@ def _linear_rows(
     sample_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
+    class_group: Any,
 ) -> _Rows:
+    class_group = check_group(name, class_group)
+    target = announced(
+        name, class_group, _linear_targets, name, hidden, weight, target, bias, class_weight, sample_weight,
+        ignore_index, reduction,
+    )  # fmt: skip
+    world = None
+    if class_group is not None:
+        facts = {
+            "the number of rows of `hidden`": len(hidden),
+            "the dtype of `hidden`": hidden.dtype,
+            "`reduction`": reduction,
+            "whether `bias` is given": bias is not None,
+            "whether `class_weight` is given": class_weight is not None,
+        }
+        world = agree(name, class_group, weight, None, needs_grad(hidden, weight, bias), "auto", facts)
+    if world is None:
+        classes, moments = weight.shape[0], linear_moments(hidden, weight, bias, target, name)
+    else:
+        classes, moments = sum(world.rows), split_linear_moments(world, hidden, weight, bias, target, name)
+    return _weighted(classes, moments, target, class_weight, sample_weight, world)
+
+
+def _linear_targets(
+    name: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None,
+    sample_weight: Tensor | None, ignore_index: int, reduction: str,
+) -> Tensor:  # fmt: skip
+    """The targets as the ops take them, all arguments checked."""
     check_reduction(name, reduction)
     check_floating(name, "hidden", hidden, "(B, D)", 2)
     check_floating(name, "weight", weight, "(C, D)", 2)
@@ -567,9 +638,7 @@ def _linear_rows(
         check_floating(name, "bias", bias, "(C,)", 1)
         check_size(name, "bias", bias, 0, classes, "one a row of `weight`")
         check_device(name, "bias", bias, "hidden", hidden)
-    target = _check_labels(name, "hidden", hidden, classes, target, class_weight, sample_weight, ignore_index)
-    moments = linear_moments(hidden, weight, bias, target, name)
-    return _weighted(classes, moments, target, class_weight, sample_weight)
+    return _check_labels(name, "hidden", hidden, classes, target, class_weight, sample_weight, ignore_index)
 
 
 def _check_labels(
@@ -605,6 +674,7 @@ def _weighted(
     target: Tensor,
     class_weight: Tensor | None,
     sample_weight: Tensor | None,
+    world: World | None = None,
 ) -> _Rows:
     ignored = target < 0
     mean, square, centred, logit = moments
@@ -612,7 +682,10 @@ def _weighted(
     mean, square, centred, logit = (torch.where(ignored, 1, x) for x in (mean, square, centred, logit))
     weight = None if sample_weight is None else sample_weight.to(mean.dtype)
     if class_weight is not None:
-        of_class = class_weight.to(mean.dtype)[target.clamp(min=0)]
+        class_weight = class_weight.to(mean.dtype)
+        of_class = (
+            class_weight[target.clamp(min=0)] if world is None else split_class_weight(world, class_weight, target)
+        )
         weight = of_class if weight is None else weight * of_class
     if weight is not None:
         weight = torch.where(ignored, 0, weight)

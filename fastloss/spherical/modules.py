@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastloss._checks import check_device, check_floating, check_ids, check_number, check_size
+from fastloss._checks import check_device, check_floating, check_group, check_ids, check_number, check_size
+from fastloss._distributed import World, agree, all_sum
 from fastloss.spherical import factored
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z
 
@@ -84,6 +85,8 @@ class FactoredOutput(nn.Module):
         max_scale: float > 1; singular values of U beyond this or its inverse are moved into V, see Memory.
         refresh_every: int, steps between two computations of the Gram matrix anew, in O(C D^2); 0 for never.
         device, dtype: of the state; float32 or float64.
+        class_group: None, or a ``torch.distributed`` process group or a mesh of one dimension, whose ranks split the
+            classes as evenly as possible; see Split classes.
 
     Call:
         hidden (B, D) of the layer's dtype; target (B,) or (B, K) integers in [0, C), or `ignore_index`; target_weight
@@ -116,6 +119,13 @@ class FactoredOutput(nn.Module):
         DistributedDataParallel does, and does the same step on every rank; a rank without a gradient takes part with no
         rows. With equal batches this is the step of one process with all of them. The layer has no parameters for
         DistributedDataParallel to average; give that ``broadcast_buffers=False``, or it sends V in every forward pass.
+
+    Split classes:
+        With `class_group` each rank holds V for classes of its own, in the order of the ranks, and the (D, D) matrices
+        that all ranks share and keep the same by the same steps: on processors that round alike. Hidden states, targets
+        and weights are the same on all ranks, targets and `class_weight` of all classes. A forward pass sums the rows
+        of the targets over the ranks, (B, K, D) numbers; nothing else is sent in a step. Loss, gradient to hidden and
+        step are those of one process. ``group=`` of a step is another group, of data.
 
     Determinism:
         As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the
@@ -162,6 +172,7 @@ class FactoredOutput(nn.Module):
         refresh_every: int = 20_000,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        class_group: Any = None,
     ) -> None:
         super().__init__()
         name = "FactoredOutput"
@@ -193,33 +204,49 @@ class FactoredOutput(nn.Module):
         self._revision = self._open = 0
         self._pending: list[factored.Gradients] = []
         self._scratch = factored.Scratch()
-        weight = torch.empty(num_classes, in_features + self.has_bias, device=device, dtype=dtype)
-        self._start(weight.uniform_(-1, 1).div_(math.sqrt(in_features)))
+        self._split = _even_split(name, num_classes, check_group(name, class_group))
+        for rank, rows in enumerate([num_classes] if self._split is None else self._split.rows):
+            # Every rank draws for all: with one seed on all of them, their rows must differ.
+            drawn = torch.empty(rows, in_features + self.has_bias, device=device, dtype=dtype).uniform_(-1, 1)
+            if self._split is None or rank == self._split.rank:
+                weight = drawn
+        self._start(weight.div_(math.sqrt(in_features)))
 
     def _start(self, weight: Tensor) -> None:
-        for name, value in vars(factored.from_dense(weight)).items():
-            self.register_buffer(name, value)
+        state = factored.from_dense(weight, self._split)
+        for name in STATE:
+            self.register_buffer(name, getattr(state, name))
 
     def _state(self) -> factored.State:
-        return factored.State(*(self.get_buffer(name) for name in STATE))
+        v, u, inverse, delta, mean, gram = (self.get_buffer(name) for name in STATE)
+        return factored.State(v, u, inverse, delta, mean, gram, self._split)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
-        """The layer with the weight, bias, device and dtype of `linear`; other arguments as in the constructor."""
+        """The layer with the weight, bias, device and dtype of `linear`; other arguments as in the constructor.
+
+        With `class_group`, `linear` has the classes of this rank, any number of them.
+        """
         weight = linear.weight.detach()
         has_bias = linear.bias is not None
         columns = [weight, linear.bias.detach()[:, None]] if has_bias else [weight]
+        group, split = check_group("FactoredOutput", options.pop("class_group", None)), None
+        if group is not None:
+            split = agree("FactoredOutput", group, weight, None, (), "auto", {"whether there is a bias": has_bias})
+        classes = linear.out_features if split is None else sum(split.rows)
+        # The classes of the constructor's own weight are replaced: it need not have them all.
         layer = cls(
             linear.in_features, linear.out_features, has_bias, loss, device=weight.device, dtype=weight.dtype, **options
         )
+        layer.num_classes, layer._split = classes, split
         layer._start(torch.cat(columns, 1))
         return layer
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """An ``nn.Linear`` with the implied weight and bias."""
+        """An ``nn.Linear`` with the implied weight and bias, with `class_group` of this rank's classes."""
         linear = nn.Linear(
-            self.in_features, self.num_classes, self.has_bias, device=self.v.device, dtype=self.v.dtype
+            self.in_features, len(self.v), self.has_bias, device=self.v.device, dtype=self.v.dtype
         )  # fmt: skip
         dense = factored.to_dense(self._state())
         linear.weight.copy_(dense[:, : self.in_features])
@@ -228,7 +255,7 @@ class FactoredOutput(nn.Module):
         return linear
 
     def weight(self) -> Tensor:
-        """The implied weight (C, D)."""
+        """The implied weight (C, D); with `class_group`, this rank's rows of it, as :meth:`bias`."""
         return self.v @ self.u[:, : self.in_features] + (self.delta + self.mean)[: self.in_features]
 
     def bias(self) -> Tensor | None:
@@ -263,9 +290,15 @@ class FactoredOutput(nn.Module):
         name = "FactoredOutput.logits"
         hidden = self._hidden(name, hidden)
         if classes is None:
-            return factored.logits(self._state(), hidden, slice(None))
+            if self._split is None:
+                return factored.logits(self._state(), hidden, slice(None))
+            classes = torch.arange(self.num_classes, device=self.v.device)
         shape = tuple(classes.shape)[:1] if isinstance(classes, Tensor) else ()
-        return factored.logits(self._state(), hidden, self._ids(name, "classes", classes, shape))
+        classes = self._ids(name, "classes", classes, shape)
+        if self._split is None:
+            return factored.logits(self._state(), hidden, classes)
+        mine, local = self._split.own(classes)
+        return all_sum(self._split.group, factored.logits(self._state(), hidden, local).masked_fill_(~mine, 0))
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -278,13 +311,13 @@ class FactoredOutput(nn.Module):
         state, rows = self._state(), max(k, TILE // max(1, len(hidden)))
         best = hidden.new_empty(len(hidden), 0)
         index = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
-        for start in range(0, self.num_classes, rows):
+        for start in range(0, len(self.v), rows):
             tile = factored.logits(state, hidden, slice(start, start + rows))
             value, place = tile.topk(min(k, tile.shape[1]))
             best, index = torch.cat([best, value], 1), torch.cat([index, place + start], 1)
             best, place = best.topk(min(k, best.shape[1]))
             index = index.gather(1, place)
-        return best, index
+        return (best, index) if self._split is None else _topk_of_ranks(self._split, best, index, k)
 
     def forward(
         self,
@@ -325,6 +358,9 @@ class FactoredOutput(nn.Module):
         if training and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
         weights = [w for w in (target_weight, row_weight) if w is not None]
+        if self._split is not None:
+            facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training}
+            agree(name, self._split.group, self.v, None, (), "auto", facts)
         with torch.autocast(inputs.device.type, enabled=False):
             if self._has_closed_form(count) and not any(w.requires_grad for w in weights):
                 share = self._share(len(hidden), target_weight, row_weight)
@@ -536,6 +572,29 @@ class FactoredOutput(nn.Module):
     def extra_repr(self) -> str:
         loss = repr(self.loss) if isinstance(self.loss, str) else getattr(self.loss, "__name__", "callable")
         return f"{self.in_features}, {self.num_classes}, bias={self.has_bias}, loss={loss}"
+
+
+def _even_split(name: str, classes: int, group: Any) -> World | None:
+    """Classes that follow each other, as evenly as possible; None for one rank."""
+    size = 1 if group is None else distributed.get_world_size(group)
+    if size == 1:
+        return None
+    if classes < size:
+        raise ValueError(f"{name}: `num_classes` must be at least {size}, the ranks of `class_group`, got {classes}")
+    rows = tuple(classes // size + (rank < classes % size) for rank in range(size))
+    return World(group, distributed.get_rank(group), size, rows, "auto", 0, False)
+
+
+def _topk_of_ranks(split: World, best: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best of what is the best of each rank's classes."""
+    missing = (0, k - best.shape[1])
+    index = index + sum(split.rows[: split.rank])
+    mine = torch.stack((F.pad(best, missing, value=-math.inf).double(), F.pad(index, missing).double()))
+    shown = [torch.empty_like(mine) for _ in range(split.size)]
+    distributed.all_gather(shown, mine, group=split.group)
+    values, places = torch.cat(shown, 2)
+    values, chosen = values.topk(k)
+    return values.to(best.dtype), places.gather(1, chosen).to(index.dtype)
 
 
 def _nan_if_none(loss: Tensor, row_weight: Tensor | None) -> Tensor:

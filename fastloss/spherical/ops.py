@@ -53,13 +53,13 @@ def _checked(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args
     *rest, function = args
     if name == "linear_moments_fwd":
-        _check_classes(function, target=rest[3], classes=rest[1].shape[0])
+        check_classes(function, target=rest[3], classes=rest[1].shape[0])
     else:
-        _check_classes(function, target=rest[1], classes=rest[0].shape[1])
+        check_classes(function, target=rest[1], classes=rest[0].shape[1])
     return tuple(rest)
 
 
-def _check_classes(function: str, target: Tensor, classes: int) -> None:
+def check_classes(function: str, target: Tensor, classes: int) -> None:
     """In the op, since only here the values are known under torch.compile and torch.func. See `class_ids`."""
     if target.numel() == 0:
         return

@@ -1,0 +1,83 @@
+"""Statistics of logits whose classes are split over the ranks of a process group.
+
+With the mean m_r and the sum of squares v_r about it of each rank's C_r logits, those of all C are
+    m = sum C_r m_r / C,    v = sum v_r + C_r (m_r - m)^2,
+sums of positive terms: nothing cancels. Two all-reduces of (1 and 3 or 4) numbers a row forward, one of the gradient of
+the hidden states backward. Hidden states and targets are the same on all ranks, and so is what is returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss._distributed import World, all_sum, eager
+from fastloss._ops import once
+from fastloss.spherical.ops import check_classes, linear_moments
+
+
+@eager
+def split_linear_moments(
+    world: World,  # with the classes of the ranks as its rows
+    hidden: Tensor,  # (B, D)
+    weight: Tensor,  # (C_r, D)
+    bias: Tensor | None,  # (C_r,)
+    target: Tensor,  # (B,) int64 of `class_ids`, among the classes of all ranks
+    function: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `ops.linear_moments`, of the logits of all ranks; the ranks' classes follow each other."""
+    check_classes(function, target, sum(world.rows))
+    mine, local = world.own(target)
+    moments = linear_moments(_Copied.apply(world, hidden), weight, bias, torch.where(mine, local, -1), function)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _Merged.apply(world, mine, *moments)
+    return result
+
+
+@eager
+def split_class_weight(world: World, class_weight: Tensor, target: Tensor) -> Tensor:
+    """(B,), the weights of the targets' classes; class_weight is (C_r,)."""
+    mine, local = world.own(target)
+    return all_sum(world.group, torch.where(mine, class_weight.detach()[local], 0))
+
+
+class _Copied(torch.autograd.Function):
+    """A tensor that all ranks have, of which each uses a copy: the gradients of the copies add up."""
+
+    @staticmethod
+    def forward(ctx: Any, world: World, x: Tensor) -> Tensor:
+        ctx.world = world
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, once("spherical", all_sum, ctx.world.group, grad)
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, world: World, mine: Tensor, mean: Tensor, square: Tensor, centred: Tensor, logit: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        share = world.rows[world.rank] / sum(world.rows)
+        center = all_sum(world.group, mean * share)
+        off = mean - center
+        parts = (square + world.rows[world.rank] * off.square(), torch.where(mine, centred + off, 0), logit)
+        ctx.world, ctx.share = world, share
+        ctx.save_for_backward(mine, off)
+        square, centred, logit = all_sum(world.group, torch.stack(parts)).unbind()
+        return center, square, centred, logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        # All ranks do the same with the merged statistics: their gradients need no sum.
+        return None, None, *once("spherical", _unmerge, ctx.world, ctx.share, *grads, *ctx.saved_tensors)
+
+
+def _unmerge(
+    world: World, share: float, g_mean: Tensor, g_square: Tensor, g_centred: Tensor, g_logit: Tensor,
+    mine: Tensor, off: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean = (g_mean - g_centred) * share + 2 * world.rows[world.rank] * off * g_square + torch.where(mine, g_centred, 0)
+    return mean, g_square, g_centred, g_logit

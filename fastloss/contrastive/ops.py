@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloss._backends import TRITON, backend_of
 from fastloss._ops import LIBRARY, batch, define, distinct, needs_grad, once, runner, save_unseen
 from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES
 
@@ -226,7 +227,9 @@ def similarity_lse(
     size = 8 if q.dtype == torch.float64 else 4
     grad = any(needs_grad(q, k, row_scale, col_scale))
     pairs = q.shape[0] * k.shape[0]
-    keep = torch.sym_min(pairs, KEEP_BYTES // size) if grad and pairs * size <= 2 * KEEP_BYTES else 0
+    # The matrix units compute a similarity again in less time than memory takes to write and read it.
+    keeps = grad and pairs * size <= 2 * KEEP_BYTES and backend_of(q.device) != TRITON
+    keep = torch.sym_min(pairs, KEEP_BYTES // size) if keeps else 0
     k, col_scale, k_ids = distinct(k, q), distinct(col_scale, row_scale), distinct(k_ids, q_ids)
     row_lse, col_lse, diagonal, *_ = runner(_SimilarityLse, grad)(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep

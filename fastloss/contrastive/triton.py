@@ -1,0 +1,914 @@
+"""The contrastive ops on CUDA and ROCm devices.
+
+A panel of the matrix of similarities is one launch: its tiles are products on the matrix units whose epilogue leaves
+partial statistics (forward) or the entries of the gradient G in the dtype of the features (backward), and two products
+of the vendor's library take dQ and dK from the panel. Each similarity is computed once forward and once backward. The
+embeddings are too wide for a multiprocessor to hold a block's dQ, and adding every tile's dQ and dK to memory by
+atomics would cap the rate at a third of the peak; there are no atomics, so results do not change from run to run.
+
+Inputs of 16 bits are multiplied as they are and summed in float32; G is rounded to their dtype for the two products.
+float32: S in three tf32 products (FASTLOSS_FLOAT32=ieee: in float32), dQ and dK as torch.mm does float32. float64 runs
+on the portable kernels.
+
+Extra memory: a panel of at most 256 MiB; sums in float32 of a block of rows and, up to 512 MiB, of all of dK; where
+they do not fit, dQ and dK take a sweep each, 10MND flops in all instead of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastloss import _triton
+from fastloss._triton import Config, Specimen
+from fastloss.contrastive import portable
+from fastloss.contrastive.tiles import NORM_EPS, Gradient, Softmax, blocks, inverse_norms
+
+PANEL_ROWS = 8192  # a panel holds this times PANEL_COLS entries of 16 bits: 256 MiB
+PANEL_COLS = 16384  # not less than the rows: the mirrored square of a self-similarity lies in a row's first panel
+ACCUMULATOR_BYTES = 512 << 20
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _place(row_tiles, col_tiles, GROUP: tl.constexpr):
+    """Tile of this program. Programs that run together share rows and columns in the second-level cache."""
+    program = tl.program_id(0)
+    group = program // (GROUP * col_tiles)
+    first = group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    inside = program % (GROUP * col_tiles)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _similarities(
+    x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
+    NORMALIZE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) of float32. Places beyond the matrix repeat its last row or column."""
+    safe_rows = tl.minimum(rows, row_count - 1)
+    safe_cols = tl.minimum(cols, col_count - 1)
+    k = tl.arange(0, BLOCK_K)
+    left = x + safe_rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+    right = y + safe_cols.to(tl.int64)[None, :] * y_stride + k[:, None]
+    c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            a = tl.load(left)
+            b = tl.load(right)
+        else:
+            a = tl.load(left, mask=(start + k < width)[None, :], other=0.0)
+            b = tl.load(right, mask=(start + k < width)[:, None], other=0.0)
+        c = tl.dot(a, b, c, input_precision=PRECISION)
+        left += BLOCK_K
+        right += BLOCK_K
+    if NORMALIZE:
+        c = c * tl.load(row_factor + safe_rows)[:, None] * tl.load(col_factor + safe_cols)[None, :]
+    return c
+
+
+@triton.jit
+def _taken(
+    rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids,
+    DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """The pairs of a tile that count, of bool."""
+    taken = (rows < row_count)[:, None] & (cols < col_count)[None, :]
+    if UPPER:
+        taken &= (col_begin + cols)[None, :] > (row_begin + rows)[:, None]
+    elif DROP_DIAGONAL:
+        taken &= (col_begin + cols)[None, :] != (row_begin + rows)[:, None]
+    if IDS:
+        mine = tl.load(row_ids + tl.minimum(rows, row_count - 1))
+        theirs = tl.load(col_ids + tl.minimum(cols, col_count - 1))
+        taken &= mine[:, None] != theirs[None, :]
+    return taken
+
+
+@triton.jit
+def _finite_or_zero(x):
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def _scale_of(scale, index, count, SCALAR: tl.constexpr):
+    if SCALAR:
+        value = tl.load(scale)
+    else:
+        value = tl.load(scale + tl.minimum(index, count - 1))
+    return value
+
+
+@triton.jit
+def _partial(z, AXIS: tl.constexpr):
+    """Maximum, rounded to an integer, and sum of 2^(z - maximum) of the base-2 logits along an axis."""
+    top = tl.floor(tl.max(z, AXIS) + 0.5)
+    return top, tl.sum(tl.exp2(z - tl.expand_dims(_finite_or_zero(top), AXIS)), AXIS)
+
+
+@triton.jit(do_not_specialize=["row_count", "col_count", "row_begin", "col_begin"])
+def _lse_tile_kernel(
+    x, y, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
+    row_partials, col_partials,  # (column tiles, 2, rows), (row tiles, 2, columns)
+    row_count, col_count, row_begin, col_begin, width, x_stride, y_stride,
+    NORMALIZE: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr,
+    DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr, IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of a tile: maximum and sum of every row, and of every column if COLUMNS."""
+    row_tile, col_tile = _place(tl.cdiv(row_count, BLOCK_M), tl.cdiv(col_count, BLOCK_N), GROUP)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_place = row_partials + col_tile.to(tl.int64) * 2 * row_count + rows
+    col_place = col_partials + row_tile.to(tl.int64) * 2 * col_count + cols
+    if UPPER and col_begin + (col_tile + 1) * BLOCK_N <= row_begin + row_tile * BLOCK_M + 1:
+        nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        tl.store(row_place, nothing, mask=rows < row_count)
+        tl.store(row_place + row_count, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_count)
+        if COLUMNS:
+            no_column = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+            tl.store(col_place, no_column, mask=cols < col_count)
+            tl.store(col_place + col_count, tl.zeros((BLOCK_N,), tl.float32), mask=cols < col_count)
+    else:
+        c = _similarities(
+            x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
+            NORMALIZE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        taken = _taken(
+            rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS
+        )
+        scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
+        z = c * (scale if ROW_SCALAR else scale[:, None])
+        top, total = _partial(tl.where(taken, z, float("-inf")), 1)
+        tl.store(row_place, top, mask=rows < row_count)
+        tl.store(row_place + row_count, total, mask=rows < row_count)
+        if COLUMNS:
+            scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
+            z = c * (scale if COL_SCALAR else scale[None, :])
+            top, total = _partial(tl.where(taken, z, float("-inf")), 0)
+            tl.store(col_place, top, mask=cols < col_count)
+            tl.store(col_place + col_count, total, mask=cols < col_count)
+
+
+@triton.jit(do_not_specialize=["count", "tiles"])
+def _fold_kernel(partials, state_max, state_sum, count, tiles, BLOCK: tl.constexpr):
+    """Adds partial statistics (tiles, 2, count) to the state, in the order of the tiles."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    top = tl.load(state_max + i, mask=inside, other=float("-inf"))
+    total = tl.load(state_sum + i, mask=inside, other=0.0)
+    place = partials + i
+    for _ in range(tiles):
+        new_top = tl.load(place, mask=inside, other=float("-inf"))
+        new_total = tl.load(place + count, mask=inside, other=0.0)
+        both = tl.maximum(top, new_top)
+        shift = _finite_or_zero(both)
+        total = total * tl.exp2(top - shift) + new_total * tl.exp2(new_top - shift)
+        top = both
+        place += 2 * count
+    tl.store(state_max + i, top, mask=inside)
+    tl.store(state_sum + i, total, mask=inside)
+
+
+@triton.jit
+def _direction(c, taken, scale, shift, weight):
+    """2^(z - shift), 0 for pairs that do not count, times c; and times the weight."""
+    p = tl.where(taken, tl.exp2(c * scale - shift), 0.0)
+    return tl.where(taken, p * c, 0.0), tl.where(taken, p * weight, 0.0)
+
+
+@triton.jit(do_not_specialize=["row_count", "col_count", "row_begin", "col_begin"])
+def _grad_tile_kernel(
+    x, y, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
+    row_shift, row_weight, col_shift, col_weight, magnifier,
+    panel,  # (rows, columns)
+    row_dots, col_dots,  # (column tiles, rows), (row tiles, columns)
+    row_count, col_count, row_begin, col_begin, width, x_stride, y_stride, panel_stride,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOTS: tl.constexpr,
+    ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr, DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr,
+    IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of G, as the vendor's products want it: times both factors and the magnifier, in the panel's dtype.
+
+    If UPPER, the panel begins on the diagonal and G is symmetric: tiles below it are the mirrored ones above.
+    """
+    row_tile, col_tile = _place(tl.cdiv(row_count, BLOCK_M), tl.cdiv(col_count, BLOCK_N), GROUP)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    below = UPPER and (col_tile + 1) * BLOCK_N <= row_tile * BLOCK_M + 1
+    if below:
+        if DOTS:
+            tl.store(row_dots + col_tile * row_count + rows, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_count)
+            tl.store(col_dots + row_tile * col_count + cols, tl.zeros((BLOCK_N,), tl.float32), mask=cols < col_count)
+    else:
+        c = _similarities(
+            x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
+            NORMALIZE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        taken = _taken(
+            rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS
+        )
+        safe_rows = tl.minimum(rows, row_count - 1)
+        safe_cols = tl.minimum(cols, col_count - 1)
+        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if ROWS:
+            scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
+            dots, part = _direction(
+                c, taken, scale if ROW_SCALAR else scale[:, None],
+                tl.load(row_shift + safe_rows)[:, None], tl.load(row_weight + safe_rows)[:, None],
+            )  # fmt: skip
+            g += part
+            if DOTS:
+                tl.store(row_dots + col_tile * row_count + rows, tl.sum(dots, 1), mask=rows < row_count)
+        if COLUMNS:
+            scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
+            dots, part = _direction(
+                c, taken, scale if COL_SCALAR else scale[None, :],
+                tl.load(col_shift + safe_cols)[None, :], tl.load(col_weight + safe_cols)[None, :],
+            )  # fmt: skip
+            g += part
+            if DOTS:
+                tl.store(col_dots + row_tile * col_count + cols, tl.sum(dots, 0), mask=cols < col_count)
+        if NORMALIZE:
+            g = g * tl.load(row_factor + safe_rows)[:, None] * tl.load(col_factor + safe_cols)[None, :]
+        g = (g * tl.load(magnifier)).to(panel.dtype.element_ty)
+        inside = (rows < row_count)[:, None] & (cols < col_count)[None, :]
+        place = panel + rows.to(tl.int64)[:, None] * panel_stride + cols[None, :]
+        if UPPER:
+            above = cols[None, :] > rows[:, None]
+            tl.store(place, g, mask=inside & (above | (cols[None, :] == rows[:, None])))
+            mirror = panel + cols.to(tl.int64)[:, None] * panel_stride + rows[None, :]
+            tl.store(mirror, tl.trans(g), mask=tl.trans(inside & above & (cols < row_count)[None, :]))
+        else:
+            tl.store(place, g, mask=inside)
+
+
+@triton.jit
+def _scale_rows_kernel(x, factor, out, width, x_stride, out_stride, BLOCK: tl.constexpr):
+    """out_i = factor_i x_i in the dtype of out."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + row * x_stride + k, mask=k < width, other=0.0).to(tl.float32) * tl.load(factor + row)
+    tl.store(out + row * out_stride + k, value.to(out.dtype.element_ty), mask=k < width)
+
+
+@triton.jit
+def _row_dots_kernel(
+    x, y, x_inverse, y_inverse, out, width, x_stride, y_stride, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out_i = x_i . y_i, of unit rows if NORMALIZE."""
+    row = tl.program_id(0).to(tl.int64)
+    if NORMALIZE:
+        a = tl.load(x_inverse + row)
+        b = tl.load(y_inverse + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        left = tl.load(x + row * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        right = tl.load(y + row * y_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            left *= a
+            right *= b
+        total += left * right
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit
+def _unit_gradient(
+    sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
+    NORMALIZE: tl.constexpr, PARTNER: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the (normalised) row at the features k: the products' sum, and the positive's part."""
+    t = tl.load(sums + row * sums_stride + k, mask=inside, other=0.0) / tl.load(magnifier)
+    if NORMALIZE:
+        factor = tl.load(x_factor + row)
+        t = tl.where(factor == 0, 0.0, t / factor)
+    if PARTNER:
+        partner = tl.load(y + row * y_stride + k, mask=inside, other=0.0).to(tl.float32)
+        if NORMALIZE:
+            partner *= tl.load(y_inverse + row)
+        t += tl.load(diagonal + row) * partner
+    return t
+
+
+@triton.jit
+def _finish_kernel(
+    sums, x, x_inverse, x_factor, y, y_inverse, diagonal, magnifier, out,
+    width, sums_stride, x_stride, y_stride, out_stride, EPS,
+    NORMALIZE: tl.constexpr, PARTNER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row from that of its normalised one; PARTNER: it has a positive, y_i."""
+    row = tl.program_id(0).to(tl.int64)
+    if NORMALIZE:
+        inverse = tl.load(x_inverse + row)
+        along = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            inside = k < width
+            t = _unit_gradient(
+                sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
+                NORMALIZE, PARTNER,
+            )  # fmt: skip
+            along += t * (tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32) * inverse)
+        # Shorter rows are divided by eps, a constant.
+        projection = tl.where(inverse * EPS < 1, tl.sum(along, 0), 0.0)
+    for start in range(0, width, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        inside = k < width
+        t = _unit_gradient(
+            sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
+            NORMALIZE, PARTNER,
+        )  # fmt: skip
+        if NORMALIZE:
+            unit = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32) * inverse
+            t = (t - projection * unit) * inverse
+        tl.store(out + row * out_stride + k, t.to(out.dtype.element_ty), mask=inside)
+
+
+# ---------------------------------------------------------------- configurations
+
+# blocks: rows and columns of a tile, features at a time. Two programs a multiprocessor on sm_90: the matrix units work
+# for the one while the other takes exponentials.
+_TILES_16 = {
+    "sm_80": Config((128, 128, 32), 8, 4),
+    "sm_86": Config((128, 64, 32), 4, 3),
+    "sm_90": Config((128, 128, 64), 8, 3),
+    "sm_100": Config((128, 128, 64), 8, 3),
+    "gfx942": Config((128, 128, 32), 8, 2),
+    "interpreter": Config((16, 32, 16)),
+}
+_TILES_32 = {
+    "sm_80": Config((64, 64, 32), 8, 3),
+    "sm_86": Config((64, 64, 32), 8, 2),
+    "sm_90": Config((64, 64, 32), 8, 3),
+    "sm_100": Config((64, 64, 32), 8, 3),
+    "gfx942": Config((64, 64, 16), 8, 2),
+    "interpreter": Config((16, 32, 16)),
+}
+# Where large tiles would leave multiprocessors without work.
+_SMALL_16 = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), Config((64, 64, 64), 4, 3)),
+    "gfx942": Config((64, 64, 32), 4, 2),
+    "interpreter": Config((16, 16, 16)),
+}
+_CANDIDATES_16 = (
+    Config((128, 128, 64), 4, 3),
+    Config((128, 128, 64), 8, 4),
+    Config((128, 256, 64), 8, 3),
+    Config((256, 128, 64), 8, 3),
+    Config((64, 128, 64), 4, 4),
+)
+_CANDIDATES_32 = (Config((64, 64, 32), 4, 3), Config((128, 64, 32), 8, 3))
+_INTERPRETER_CANDIDATES = (Config((32, 16, 32)),)
+_GROUP = 8
+_FOLD_BLOCK = 128
+
+
+def _tables(dtype: torch.dtype) -> tuple[dict[str, Config], dict[str, Config], tuple[Config, ...]]:
+    return (_TILES_32, _TILES_32, _CANDIDATES_32) if dtype == torch.float32 else (_TILES_16, _SMALL_16, _CANDIDATES_16)
+
+
+def _tile_config(kernel: str, x: Tensor, y: Tensor, launch: Callable[[Config], None]) -> Config:
+    large, small, candidates = _tables(x.dtype)
+    config = _triton.pick(large, x.device)
+    tiles = triton.cdiv(len(x), config.blocks[0]) * triton.cdiv(len(y), config.blocks[1])
+    if tiles < _triton.multiprocessors(x.device):
+        config = _triton.pick(small, x.device)
+    if x.device.type == "cpu":
+        candidates = _INTERPRETER_CANDIDATES
+    key = f"{kernel} {x.dtype} {_triton.size_class(len(x), len(y), x.shape[1])}"
+    return _triton.best(key, x.device, config, candidates, launch)
+
+
+def _row_block(width: int) -> int:
+    return int(min(1024, triton.next_power_of_2(max(width, 1))))
+
+
+# ---------------------------------------------------------------- launches
+
+
+class _Rows:
+    """The rows of an input as the tile kernels read them.
+
+    Where they are normalised: 2^e x_i, which is exact and near one, and the rest of the inverse norm, a factor in
+    [1/2, 1) (0 for a row of zeros).
+    """
+
+    def __init__(self, x: Tensor, normalize: bool) -> None:
+        self.x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+        self.normalize = normalize
+        self.inverse = self.factor = torch.ones((1,), dtype=torch.float32, device=x.device)  # not read
+        if normalize:
+            self.inverse = inverse_norms(self.x, torch.float32)
+            self.factor, exponent = torch.frexp(self.inverse)
+            self._power = torch.ldexp((self.inverse != 0).float(), exponent)
+        self._held: tuple[slice, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def factor_of(self, part: slice) -> Tensor:
+        return self.factor[part] if self.normalize else self.factor
+
+    def inverse_of(self, part: slice) -> Tensor:
+        return self.inverse[part] if self.normalize else self.inverse
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if not self.normalize:
+            return self.x[part]
+        if self._held is None or self._held[0] != part:
+            block = self.x[part]
+            out = torch.empty(block.shape, dtype=block.dtype, device=block.device)
+            rows, width = block.shape
+            if out.numel():
+                size = _row_block(width)
+                _scale_rows_kernel[(rows, triton.cdiv(width, size))](
+                    block, self._power[part], out, width, block.stride(0), out.stride(0), BLOCK=size
+                )
+            self._held = part, out
+        return self._held[1]
+
+
+def _fold(partials: Tensor, state: Softmax) -> None:
+    count = len(state.max)
+    _fold_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
+        partials, state.max, state.sum, count, len(partials), BLOCK=_FOLD_BLOCK
+    )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which pairs count. `upper`: those of a self-similarity, each once."""
+
+    row_ids: Tensor | None
+    col_ids: Tensor | None
+    drop_diagonal: bool
+    upper: bool = False
+
+    def swapped(self) -> _Pairs:
+        return _Pairs(self.col_ids, self.row_ids, self.drop_diagonal)
+
+    def arguments(self, rows: slice, cols: slice, dummy: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, bool]]:
+        ids = self.row_ids is not None and self.col_ids is not None
+        vectors = (self.row_ids[rows], self.col_ids[cols]) if ids else (dummy, dummy)  # type: ignore[index]
+        # Right of the square on the diagonal every pair counts.
+        upper = self.upper and rows.start == cols.start
+        return vectors, {"DROP_DIAGONAL": self.drop_diagonal, "UPPER": upper, "IDS": ids}
+
+
+def _common(x: Tensor, block_k: int) -> dict[str, Any]:
+    precision = _triton.float32_precision() if x.dtype == torch.float32 else "ieee"
+    return {"EVEN": x.shape[1] % block_k == 0, "PRECISION": precision, "GROUP": _GROUP}
+
+
+def _launched(kernel: Any, rows: int, cols: int, config: Config, *args: Any, **options: Any) -> None:
+    m, n, k = config.blocks
+    kernel[(triton.cdiv(rows, m) * triton.cdiv(cols, n),)](
+        *args, **options, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **config.options(bool(torch.version.hip))
+    )
+
+
+def _lse_panel(left: _Rows, right: _Rows, i: slice, j: slice, row: Softmax, col: Softmax | None, pairs: _Pairs) -> None:
+    """Adds the similarities of the rows i and j to the states."""
+    x, y = left[i], right[j]
+    m, n = len(x), len(y)
+    ids, mask = pairs.arguments(i, j, row.scale)
+    row_state, col_state = row[i], row[i] if col is None else col[j]
+    found: list[Tensor] = []
+
+    def launch(config: Config) -> None:
+        tiles = triton.cdiv(m, config.blocks[0]), triton.cdiv(n, config.blocks[1])
+        found[:] = (
+            row.max.new_empty((tiles[1], 2, m)),
+            row.max.new_empty((tiles[0] if col is not None else 0, 2, n)),
+        )
+        _launched(
+            _lse_tile_kernel, m, n, config,
+            x, y, left.factor_of(i), right.factor_of(j), row_state.scale, col_state.scale, *ids, *found,
+            m, n, i.start, j.start, x.shape[1], x.stride(0), y.stride(0),
+            NORMALIZE=left.normalize, COLUMNS=col is not None, ROW_SCALAR=row_state.scale.dim() == 0,
+            COL_SCALAR=col_state.scale.dim() == 0, **mask, **_common(x, config.blocks[2]),
+        )  # fmt: skip
+
+    launch(_tile_config("lse", x, y, launch))
+    _fold(found[0], row_state)
+    if col is not None:
+        _fold(found[1], col_state)
+
+
+def _lse_sweep(left: _Rows, right: _Rows, row: Softmax, col: Softmax | None, pairs: _Pairs) -> None:
+    for i in blocks(len(left), PANEL_ROWS):
+        for j in blocks(len(right), PANEL_COLS, i.start if pairs.upper else 0):
+            _lse_panel(left, right, i, j, row, col, pairs)
+
+
+def _diagonal(left: _Rows, right: _Rows) -> Tensor:
+    rows = min(len(left), len(right))
+    out = torch.empty((rows,), dtype=torch.float32, device=left.x.device)
+    if rows:
+        width = left.x.shape[1]
+        _row_dots_kernel[(rows,)](
+            left.x, right.x, left.inverse, right.inverse, out, width, left.x.stride(0), right.x.stride(0),
+            NORMALIZE=left.normalize, BLOCK=_row_block(width),
+        )  # fmt: skip
+    return out
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a b, or out += a b, in float32 from features of any dtype."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=1 if add else 0, out=out)
+        return
+    target = torch.empty_like(out) if add else out
+    if a.is_cuda:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=target)
+    else:  # the interpreter's; the CPU has no product of mixed dtypes
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=target)
+    if add:
+        out.add_(target)
+
+
+class _Backward:
+    """What all panels of a backward pass share."""
+
+    def __init__(
+        self, left: _Rows, right: _Rows, row: Gradient | None, col: Gradient | None, pairs: _Pairs, magnifier: Tensor
+    ) -> None:
+        self.left, self.right, self.row, self.col, self.pairs, self.magnifier = left, right, row, col, pairs, magnifier
+        self.dots = any(d is not None and d.dot is not None for d in (row, col))
+        self.nothing = torch.empty((0,), dtype=torch.float32, device=left.x.device)
+        rows, cols = min(len(left), PANEL_ROWS), min(len(right), PANEL_COLS)
+        self.scratch = torch.empty((rows * cols,), dtype=left.x.dtype, device=left.x.device)
+
+    def panel(self, i: slice, j: slice) -> Tensor:
+        """(rows, columns): G; also adds to the dots."""
+        x, y = self.left[i], self.right[j]
+        m, n = len(x), len(y)
+        panel = self.scratch[: m * n].view(m, n)
+        ids, mask = self.pairs.arguments(i, j, self.magnifier)
+        row, col = self.row and self.row[i], self.col and self.col[j]
+        row_vectors, col_vectors = _vectors(row, self.magnifier), _vectors(col, self.magnifier)
+        found = [self.nothing, self.nothing]
+
+        def launch(config: Config) -> None:
+            if self.dots:
+                found[0] = self.nothing.new_empty((triton.cdiv(n, config.blocks[1]), m))
+                found[1] = self.nothing.new_empty((triton.cdiv(m, config.blocks[0]), n))
+            _launched(
+                _grad_tile_kernel, m, n, config,
+                x, y, self.left.factor_of(i), self.right.factor_of(j), row_vectors[0], col_vectors[0], *ids,
+                *row_vectors[1:], *col_vectors[1:], self.magnifier, panel, *found,
+                m, n, i.start, j.start, x.shape[1], x.stride(0), y.stride(0), n,
+                NORMALIZE=self.left.normalize, ROWS=row is not None, COLUMNS=col is not None, DOTS=self.dots,
+                ROW_SCALAR=row_vectors[0].dim() == 0, COL_SCALAR=col_vectors[0].dim() == 0,
+                **mask, **_common(x, config.blocks[2]),
+            )  # fmt: skip
+
+        launch(_tile_config("grad", x, y, launch))
+        for direction, partials in zip((row, col), found, strict=True):
+            if direction is not None and direction.dot is not None:
+                direction.dot.add_(partials.sum(0))
+        return panel
+
+    def finish(
+        self, side: _Rows, other: _Rows, part: slice, sums: Tensor, diagonal: Tensor | None, out: Tensor
+    ) -> None:
+        """Writes the gradients of the rows `part` of `side`, given the products' sums."""
+        positives = 0 if diagonal is None else min(len(diagonal) - part.start, part.stop - part.start)
+        middle = part.start + max(positives, 0)
+        for rows, partner in ((slice(part.start, middle), True), (slice(middle, part.stop), False)):
+            count, width = rows.stop - rows.start, side.x.shape[1]
+            if count and width:
+                x, s, o = side.x[rows], sums[rows.start - part.start : rows.stop - part.start], out[rows]
+                y = other.x[rows] if partner else x
+                _finish_kernel[(count,)](
+                    s, x, side.inverse_of(rows), side.factor_of(rows), y,
+                    other.inverse_of(rows) if partner else side.inverse_of(rows),
+                    self.magnifier if diagonal is None else diagonal[rows], self.magnifier, o,
+                    width, s.stride(0), x.stride(0), y.stride(0), o.stride(0), NORM_EPS,
+                    NORMALIZE=side.normalize, PARTNER=partner, BLOCK=_row_block(width),
+                )  # fmt: skip
+
+
+def _vectors(direction: Gradient | None, dummy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (dummy, dummy, dummy) if direction is None else (direction.scale, direction.shift, direction.weight)
+
+
+def _sums(rows: int, width: int, like: Tensor) -> Tensor:
+    return torch.empty((rows, width), dtype=torch.float32, device=like.device)
+
+
+def _gradient_sweep(
+    work: _Backward, diagonal: Tensor | None, left_out: Tensor | None, right_out: Tensor | None
+) -> None:
+    """Writes the gradients of the rows, and of the columns, where wanted."""
+    left, right, width = work.left, work.right, work.left.x.shape[1]
+    row_sums = _sums(min(len(left), PANEL_ROWS), width, left.x)
+    all_sums = _sums(len(right) if right_out is not None else 0, width, left.x)
+    for i in blocks(len(left), PANEL_ROWS):
+        sums = row_sums[: i.stop - i.start]
+        for j in blocks(len(right), PANEL_COLS):
+            panel = work.panel(i, j)
+            if left_out is not None:
+                _product(panel, right[j], sums, j.start > 0)
+            if right_out is not None:
+                _product(panel.t(), left[i], all_sums[j], i.start > 0)
+        if left_out is not None:
+            work.finish(left, right, i, sums if len(right) else sums.zero_(), diagonal, left_out)
+    if right_out is not None:
+        everything = slice(0, len(right))
+        work.finish(right, left, everything, all_sums if len(left) else all_sums.zero_(), diagonal, right_out)
+
+
+def _self_sweep(work: _Backward, out: Tensor) -> None:
+    """Of a self-similarity, whose G is symmetric: panels begin on the diagonal."""
+    x = work.left
+    sums = torch.zeros_like(x.x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    for i in blocks(len(x), PANEL_ROWS):
+        height = i.stop - i.start
+        for j in blocks(len(x), PANEL_COLS, i.start):
+            panel = work.panel(i, j)
+            _product(panel, work.right[j], sums[i], True)
+            # The square on the diagonal holds both of its halves.
+            skip = height if j.start == i.start else 0
+            if panel.shape[1] > skip:
+                _product(panel[:, skip:].t(), x[i], sums[j.start + skip : j.stop], True)
+        work.finish(x, x, i, sums[i], None, out)
+
+
+def _magnifier(dtype: torch.dtype, *bounds: Tensor) -> Tensor:
+    """A power of two that brings the largest |G| possible below 2^14: float16 has few exponents.
+
+    On the device, so that nothing waits for it.
+    """
+    one = bounds[0].new_ones(())
+    if dtype != torch.float16:
+        return one
+    bound = torch.stack([b.abs().amax() if b.numel() else torch.zeros_like(one) for b in bounds]).sum()
+    power = torch.ldexp(one, (14 - torch.frexp(bound)[1]).clamp(-100, 100))
+    return torch.where(bound.isfinite() & (bound > 0), power, one)
+
+
+# ---------------------------------------------------------------- the ops
+
+
+def _portable_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """float64 on the portable kernels: it is for checking, and the matrix units do not have it everywhere."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        features = next(x for x in args if isinstance(x, Tensor) and x.dim() == 2)
+        if features.dtype == torch.float64:
+            return getattr(portable, function.__name__)(*args)
+        with _triton.on(features):
+            return function(*args)
+
+    return run
+
+
+@_portable_float64
+def similarity_lse_fwd(
+    q: Tensor,
+    k: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    normalize: bool,
+    drop_diagonal: bool,
+    keep: int,
+) -> tuple[Tensor, ...]:
+    if keep:
+        raise RuntimeError("fastloss: backend 'triton' keeps no similarities for the backward pass")
+    left, right = _Rows(q, normalize), _Rows(k, normalize)
+    row, col = _lse(left, right, row_scale, col_scale, _Pairs(q_ids, k_ids, drop_diagonal))
+    if col is None:
+        col = Softmax.start(row_scale.new_empty((0,)), 0)
+    return row.lse(), col.lse(), _diagonal(left, right), row.stats(), col.stats(), row.max.new_empty((0,))
+
+
+def _lse(
+    left: _Rows, right: _Rows, row_scale: Tensor, col_scale: Tensor | None, pairs: _Pairs
+) -> tuple[Softmax, Softmax | None]:
+    row = Softmax.start(row_scale, len(left))
+    col = None if col_scale is None else Softmax.start(col_scale, len(right))
+    _lse_sweep(left, right, row, col, pairs)
+    return row, col
+
+
+@_portable_float64
+def similarity_lse_bwd(
+    grad_row: Tensor,
+    grad_col: Tensor,
+    grad_diagonal: Tensor,
+    q: Tensor,
+    k: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor | None,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    kept: Tensor,
+    normalize: bool,
+    drop_diagonal: bool,
+    need_q: bool,
+    need_k: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    left, right = _Rows(q, normalize), _Rows(k, normalize)
+    directions = [(row_scale, row_stats, grad_row)]
+    if col_scale is not None:
+        directions.append((col_scale, col_stats, grad_col))
+    grad_q, grad_k = _empty_gradient(q, need_q, q.dtype), _empty_gradient(k, need_k, k.dtype)
+    pairs = _Pairs(q_ids, k_ids, drop_diagonal)
+    scales = _gradients(left, right, directions, grad_diagonal, pairs, grad_q, grad_k, need_scale)
+    return grad_q, grad_k, *scales
+
+
+def _empty_gradient(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape if needed else (0,), dtype=dtype, device=x.device)
+
+
+def _gradients(
+    left: _Rows,
+    right: _Rows,
+    directions: list[tuple[Tensor, Tensor, Tensor]],  # (scale, statistics, upstream) of the rows, of the columns
+    diagonal: Tensor,
+    pairs: _Pairs,
+    left_out: Tensor,  # (M, D), or (0,) if not wanted
+    right_out: Tensor,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    """Fills both gradients; returns those of the scales per row and per column, (0,) for what is not wanted."""
+    magnifier = _magnifier(left.x.dtype, *(scale * upstream for scale, _, upstream in directions))
+    row, col = ([Gradient.start(*d, need_scale) for d in directions] + [None])[:2]
+    need_left, need_right = left_out.dim() == 2, right_out.dim() == 2
+    fits = right.x.numel() * 4 <= ACCUMULATOR_BYTES
+    if need_left or need_scale or fits:
+        work = _Backward(left, right, row, col, pairs, magnifier)
+        _gradient_sweep(work, diagonal, left_out if need_left else None, right_out if need_right and fits else None)
+    if need_right and not fits:
+        without = [None if d is None else Gradient(d.scale, d.shift, d.weight, None) for d in (col, row)]
+        swapped = _Backward(right, left, *without, pairs.swapped(), magnifier)
+        _gradient_sweep(swapped, diagonal, right_out, None)
+    results = [d.scale_grad(upstream, stats) for d, (_, stats, upstream) in zip((row, col), directions, strict=False)
+               if d is not None and need_scale]  # fmt: skip
+    nothing = magnifier.new_empty((0,))
+    first, second = (results + [nothing, nothing])[:2]
+    return first, second
+
+
+@_portable_float64
+def self_similarity_lse_fwd(x: Tensor, scale: Tensor, ids: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
+    rows, state = _Rows(x, normalize), Softmax.start(scale, len(x))
+    _lse_sweep(rows, _Rows(x, normalize), state, state, _Pairs(ids, ids, True, upper=True))
+    return state.lse(), state.stats()
+
+
+@_portable_float64
+def self_similarity_lse_bwd(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    stats: Tensor,
+    normalize: bool,
+    need_x: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = _Rows(x, normalize)
+    magnifier = _magnifier(x.dtype, 2 * scale * grad)
+    state = Gradient.start(scale, stats, grad, need_scale)
+    out = _empty_gradient(x, need_x, x.dtype)
+    # One more object of the same rows: its blocks are held beside those of the first.
+    others = _Rows(x, normalize)
+    if x.numel() * 4 <= ACCUMULATOR_BYTES:
+        work = _Backward(rows, others, state, state, _Pairs(ids, ids, True, upper=True), magnifier)
+        if need_x:
+            _self_sweep(work, out)
+        else:
+            for i in blocks(len(x), PANEL_ROWS):
+                for j in blocks(len(x), PANEL_COLS, i.start):
+                    work.panel(i, j)
+    else:
+        col = state.without_dot()
+        work = _Backward(rows, others, state, col, _Pairs(ids, ids, True), magnifier)
+        _gradient_sweep(work, None, out if need_x else None, None)
+    return out, state.scale_grad(grad, stats) if need_scale else stats.new_empty((0,))
+
+
+@_portable_float64
+def pair_nll_fwd(
+    q: Tensor,
+    k: Tensor,
+    scale: Tensor,
+    q_ids: Tensor | None,
+    k_ids: Tensor | None,
+    normalize: bool,
+    symmetric: bool,
+    need_q: bool,
+    need_k: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `tiles.pair_nll`: forward and backward pass, one after the other."""
+    left, right = _Rows(q, normalize), _Rows(k, normalize)
+    pairs = _Pairs(q_ids, k_ids, True)
+    states = [s for s in _lse(left, right, scale, scale if symmetric else None, pairs) if s is not None]
+    diagonal = _diagonal(left, right)
+    positive = scale * diagonal
+    margins = [state.lse().sub_(positive) for state in states]
+    total = torch.stack([torch.nn.functional.softplus(margin, threshold=40).sum() for margin in margins]).mean()
+    upstreams = [margin.sigmoid().mul_(1 / len(margins)) for margin in margins]
+    slope = torch.stack(upstreams).sum(0)
+    grad_q, grad_k = _empty_gradient(q, need_q, torch.float32), _empty_gradient(k, need_k, torch.float32)
+    directions = [(scale, state.stats(), upstream) for state, upstream in zip(states, upstreams, strict=True)]
+    per_row, per_col = _gradients(left, right, directions, -slope * scale, pairs, grad_q, grad_k, need_scale)
+    if need_scale:
+        per_row = (per_row + per_col if symmetric else per_row) - slope * diagonal
+    return total, grad_q, grad_k, per_row
+
+
+pair_nll_bwd = portable.pair_nll_bwd
+
+
+# ---------------------------------------------------------------- specimens for the gates
+
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_WIDTHS = frozenset({"x", "y", "width", "x_stride", "y_stride"})
+
+
+def specimens(target: str, candidates: bool) -> list[Specimen]:
+    """Every kernel in its default configuration on `target`; with `candidates`, the tiles in all that tuning tries."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32) if candidates else (torch.bfloat16, torch.float32):
+        large, small, tried = _tables(dtype)
+        configs = {large[target]: "", small[target]: " small"} if candidates else {large[target]: ""}
+        if candidates:
+            configs |= {config: f" candidate {i}" for i, config in enumerate(tried)}
+        for config, note in configs.items():
+            found += _tile_specimens(dtype, config, note, target)
+        found += _row_specimens(dtype)
+    fold = {"partials": "*fp32", "state_max": "*fp32", "state_sum": "*fp32", "count": "i32", "tiles": "i32"}
+    return [*found, Specimen("fold", _fold_kernel, fold, {"BLOCK": _FOLD_BLOCK}, Config((_FOLD_BLOCK,)))]
+
+
+def _tile_specimens(dtype: torch.dtype, config: Config, note: str, target: str) -> list[Specimen]:
+    """Symmetric InfoNCE with a scalar scale, without a mask but the diagonal; and NT-Xent with ids."""
+    pointer, name = _TYPES[dtype], str(dtype).removeprefix("torch.")
+    m, n, k = config.blocks
+    precision = "tf32x3" if dtype == torch.float32 and target.startswith("sm") else "ieee"
+    common = {
+        "EVEN": True, "PRECISION": precision, "GROUP": _GROUP, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "COLUMNS": True, "DROP_DIAGONAL": True, "ROW_SCALAR": True, "COL_SCALAR": True,
+    }  # fmt: skip
+    floats = ("row_factor", "col_factor", "row_scale", "col_scale")
+    counts = ("row_count", "col_count", "row_begin", "col_begin", "width", "x_stride", "y_stride")
+    types = {
+        "x": pointer, "y": pointer, **dict.fromkeys(floats, "*fp32"),
+        "row_ids": "*i64", "col_ids": "*i64", **dict.fromkeys(counts, "i32"),
+    }  # fmt: skip
+    lse = types | dict.fromkeys(("row_partials", "col_partials"), "*fp32")
+    vectors = ("row_shift", "row_weight", "col_shift", "col_weight", "magnifier", "row_dots", "col_dots")
+    grad = types | dict.fromkeys(vectors, "*fp32") | {"panel": pointer, "panel_stride": "i32"}
+    found = []
+    for case, flags in (
+        ("", {"NORMALIZE": False, "UPPER": False, "IDS": False}),
+        (" self ids", {"NORMALIZE": True, "UPPER": True, "IDS": True}),
+    ):
+        found += [
+            Specimen(f"lse{case} {name}{note}", _lse_tile_kernel, lse, common | flags, config, _WIDTHS, True),
+            Specimen(
+                f"grad{case} {name}{note}", _grad_tile_kernel, grad,
+                common | flags | {"ROWS": True, "DOTS": True}, config, _WIDTHS | {"panel", "panel_stride"}, True,
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def _row_specimens(dtype: torch.dtype) -> list[Specimen]:
+    pointer, name = _TYPES[dtype], str(dtype).removeprefix("torch.")
+    scale = {"x": pointer, "out": pointer, "factor": "*fp32", "width": "i32", "x_stride": "i32", "out_stride": "i32"}
+    dots = {"x": pointer, "y": pointer, "width": "i32", "x_stride": "i32", "y_stride": "i32"}
+    dots |= dict.fromkeys(("x_inverse", "y_inverse", "out"), "*fp32")
+    finish = {"x": pointer, "y": pointer, "out": pointer, "EPS": "fp32"}
+    finish |= dict.fromkeys(("sums", "x_inverse", "x_factor", "y_inverse", "diagonal", "magnifier"), "*fp32")
+    finish |= dict.fromkeys(("width", "sums_stride", "x_stride", "y_stride", "out_stride"), "i32")
+    block, flags = {"BLOCK": 1024}, {"NORMALIZE": True, "PARTNER": True, "BLOCK": 1024}
+    config = Config((1024,))
+    return [
+        Specimen(f"scale rows {name}", _scale_rows_kernel, scale, block, config, _WIDTHS & scale.keys()),
+        Specimen(f"row dots {name}", _row_dots_kernel, dots, block | {"NORMALIZE": True}, config, _WIDTHS),
+        Specimen(f"finish {name}", _finish_kernel, finish, flags, config, _WIDTHS),
+    ]

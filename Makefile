@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 REPORTS ?= reports
 
-.PHONY: setup bench bench-full bench-pytest test lint format clean
+.PHONY: setup bench bench-full bench-pytest test kernels gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,20 @@ bench-full: setup
 
 bench-pytest: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# What the Triton kernels need on every chip, candidates of the tuning included. Needs no GPU.
+kernels: setup
+	$(BIN)/python -m fastloss.kernels --all --output $(REPORTS)
+
+# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. Under ten minutes.
+GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PYTHON) -m fastloss info
+	$(PYTHON) -m pytest -q -W default $(GPU_TESTS)
+	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
+	  $(PYTHON) -m pytest -q -W default tests/contrastive/triton_values.py -k "columns_at_every_edge"; fi
+	$(PYTHON) -m fastloss bench --device cuda --output $(REPORTS)
 
 test: lint
 	$(BIN)/python -m pytest

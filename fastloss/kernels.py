@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for every supported chip, none of which needs to be there: ``python -m fastloss.kernels``.
+"""Compiles every Triton kernel for chips that need not be there: ``python -m fastloss.kernels``.
 
 Writes what each needs (registers, shared memory, spills, the instruction of the matrix units) to kernels.json and
 kernels.md, and exits with 1 if one spills, does not fit a chip, or leaves the matrix units unused.

@@ -42,8 +42,8 @@ def test_a_kernel_that_spills_or_does_not_fit_is_seen() -> None:
     from fastloss import _triton
     from fastloss.contrastive import triton as contrastive
 
-    large = _triton.Config((256, 256, 128), 4, 4)
-    (lse, *_) = contrastive._tile_specimens(torch.bfloat16, large, "", "sm_80")
+    large = _triton.Config((256, 256, 128, 1), 4, 4)
+    lse = contrastive._tile_specimen("lse", torch.bfloat16, False, large, "", "sm_80")
     faults = " ".join(_triton.resources(lse, "sm_80").faults)
     assert "spills" in faults
     assert "bytes of shared memory" in faults

@@ -51,16 +51,13 @@ def _place(row_tiles, col_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def _similarities(
-    x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
-    NORMALIZE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, rows, cols, row_count, col_count, x_stride, y_stride, width, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, BLOCK_N) of float32. Places beyond the matrix repeat its last row or column."""
-    safe_rows = tl.minimum(rows, row_count - 1)
-    safe_cols = tl.minimum(cols, col_count - 1)
     k = tl.arange(0, BLOCK_K)
-    left = x + safe_rows.to(tl.int64)[:, None] * x_stride + k[None, :]
-    right = y + safe_cols.to(tl.int64)[None, :] * y_stride + k[:, None]
+    left = x + tl.minimum(rows, row_count - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    right = y + tl.minimum(cols, col_count - 1).to(tl.int64)[None, :] * y_stride + k[:, None]
     c = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
         if EVEN:
@@ -72,8 +69,21 @@ def _similarities(
         c = tl.dot(a, b, c, input_precision=PRECISION)
         left += BLOCK_K
         right += BLOCK_K
+    return c
+
+
+@triton.jit
+def _halves(c, M: tl.constexpr, N: tl.constexpr):
+    """Left and right. An epilogue on a part of the columns at a time holds fewer intermediates in registers."""
+    return tl.split(tl.permute(tl.reshape(c, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _unit(c, row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE: tl.constexpr):
     if NORMALIZE:
-        c = c * tl.load(row_factor + safe_rows)[:, None] * tl.load(col_factor + safe_cols)[None, :]
+        left = tl.load(row_factor + tl.minimum(rows, row_count - 1))
+        right = tl.load(col_factor + tl.minimum(cols, col_count - 1))
+        c = c * left[:, None] * right[None, :]
     return c
 
 
@@ -102,11 +112,7 @@ def _finite_or_zero(x):
 
 @triton.jit
 def _scale_of(scale, index, count, SCALAR: tl.constexpr):
-    if SCALAR:
-        value = tl.load(scale)
-    else:
-        value = tl.load(scale + tl.minimum(index, count - 1))
-    return value
+    return tl.load(scale if SCALAR else scale + tl.minimum(index, count - 1))
 
 
 @triton.jit
@@ -116,48 +122,104 @@ def _partial(z, AXIS: tl.constexpr):
     return top, tl.sum(tl.exp2(z - tl.expand_dims(_finite_or_zero(top), AXIS)), AXIS)
 
 
+@triton.jit
+def _lse_piece(
+    c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+    rows, cols, row_count, col_count, row_begin, col_begin, row_tile, piece,
+    NORMALIZE: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr,
+    DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    c = _unit(c, row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE)
+    taken = _taken(rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS)
+    scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
+    z = c * (scale if ROW_SCALAR else scale[:, None])
+    top, total = _partial(tl.where(taken, z, float("-inf")), 1)
+    row_place = row_partials + piece.to(tl.int64) * 2 * row_count + rows
+    tl.store(row_place, top, mask=rows < row_count)
+    tl.store(row_place + row_count, total, mask=rows < row_count)
+    if COLUMNS:
+        scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
+        z = c * (scale if COL_SCALAR else scale[None, :])
+        top, total = _partial(tl.where(taken, z, float("-inf")), 0)
+        col_place = col_partials + row_tile.to(tl.int64) * 2 * col_count + cols
+        tl.store(col_place, top, mask=cols < col_count)
+        tl.store(col_place + col_count, total, mask=cols < col_count)
+
+
+@triton.jit
+def _nothing(partials, slot, index, count, SIZE: tl.constexpr):
+    place = partials + slot.to(tl.int64) * 2 * count + index
+    tl.store(place, tl.full((SIZE,), float("-inf"), tl.float32), mask=index < count)
+    tl.store(place + count, tl.zeros((SIZE,), tl.float32), mask=index < count)
+
+
 @triton.jit(do_not_specialize=["row_count", "col_count", "row_begin", "col_begin"])
 def _lse_tile_kernel(
     x, y, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
-    row_partials, col_partials,  # (column tiles, 2, rows), (row tiles, 2, columns)
+    row_partials, col_partials,  # (pieces of columns, 2, rows), (row tiles, 2, columns)
     row_count, col_count, row_begin, col_begin, width, x_stride, y_stride,
     NORMALIZE: tl.constexpr, COLUMNS: tl.constexpr, ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr,
     DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr, IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of a tile: maximum and sum of every row, and of every column if COLUMNS."""
     row_tile, col_tile = _place(tl.cdiv(row_count, BLOCK_M), tl.cdiv(col_count, BLOCK_N), GROUP)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_place = row_partials + col_tile.to(tl.int64) * 2 * row_count + rows
-    col_place = col_partials + row_tile.to(tl.int64) * 2 * col_count + cols
+    W: tl.constexpr = BLOCK_N // PIECES
+    first = col_tile * PIECES
     if UPPER and col_begin + (col_tile + 1) * BLOCK_N <= row_begin + row_tile * BLOCK_M + 1:
-        nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        tl.store(row_place, nothing, mask=rows < row_count)
-        tl.store(row_place + row_count, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_count)
+        for p in tl.static_range(PIECES):
+            _nothing(row_partials, first + p, rows, row_count, BLOCK_M)
         if COLUMNS:
-            no_column = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-            tl.store(col_place, no_column, mask=cols < col_count)
-            tl.store(col_place + col_count, tl.zeros((BLOCK_N,), tl.float32), mask=cols < col_count)
+            _nothing(col_partials, row_tile, cols, col_count, BLOCK_N)
     else:
         c = _similarities(
-            x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
-            NORMALIZE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, y, rows, cols, row_count, col_count, x_stride, y_stride, width,
+            EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        taken = _taken(
-            rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS
-        )
-        scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
-        z = c * (scale if ROW_SCALAR else scale[:, None])
-        top, total = _partial(tl.where(taken, z, float("-inf")), 1)
-        tl.store(row_place, top, mask=rows < row_count)
-        tl.store(row_place + row_count, total, mask=rows < row_count)
-        if COLUMNS:
-            scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
-            z = c * (scale if COL_SCALAR else scale[None, :])
-            top, total = _partial(tl.where(taken, z, float("-inf")), 0)
-            tl.store(col_place, top, mask=cols < col_count)
-            tl.store(col_place + col_count, total, mask=cols < col_count)
+        if PIECES == 1:
+            _lse_piece(
+                c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+        elif PIECES == 2:
+            c0, c1 = _halves(c, BLOCK_M, BLOCK_N)
+            _lse_piece(
+                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+            _lse_piece(
+                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 1, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+        else:
+            c0, c2 = _halves(c, BLOCK_M, BLOCK_N)
+            c0, c1 = _halves(c0, BLOCK_M, BLOCK_N // 2)
+            c2, c3 = _halves(c2, BLOCK_M, BLOCK_N // 2)
+            _lse_piece(
+                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+            _lse_piece(
+                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 1, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+            _lse_piece(
+                c2, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 2 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 2, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
+            _lse_piece(
+                c3, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + 3 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + 3, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -181,10 +243,47 @@ def _fold_kernel(partials, state_max, state_sum, count, tiles, BLOCK: tl.constex
 
 
 @triton.jit
-def _direction(c, taken, scale, shift, weight):
-    """2^(z - shift), 0 for pairs that do not count, times c; and times the weight."""
-    p = tl.where(taken, tl.exp2(c * scale - shift), 0.0)
-    return tl.where(taken, p * c, 0.0), tl.where(taken, p * weight, 0.0)
+def _grad_piece(
+    c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
+    row_shift, row_weight, col_shift, col_weight, magnifier, panel, row_dots, col_dots,
+    rows, cols, row_count, col_count, row_begin, col_begin, panel_stride, row_tile, piece,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOTS: tl.constexpr,
+    ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr, DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr,
+    IDS: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    c = _unit(c, row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE)
+    taken = _taken(rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS)
+    safe_rows = tl.minimum(rows, row_count - 1)
+    safe_cols = tl.minimum(cols, col_count - 1)
+    g = tl.zeros((BLOCK_M, W), tl.float32)
+    if ROWS:
+        scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
+        shift, weight = tl.load(row_shift + safe_rows), tl.load(row_weight + safe_rows)
+        p = tl.where(taken, tl.exp2(c * (scale if ROW_SCALAR else scale[:, None]) - shift[:, None]), 0.0)
+        g += p * weight[:, None]
+        if DOTS:
+            dots = tl.sum(tl.where(taken, p * c, 0.0), 1)
+            tl.store(row_dots + piece.to(tl.int64) * row_count + rows, dots, mask=rows < row_count)
+    if COLUMNS:
+        scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
+        shift, weight = tl.load(col_shift + safe_cols), tl.load(col_weight + safe_cols)
+        p = tl.where(taken, tl.exp2(c * (scale if COL_SCALAR else scale[None, :]) - shift[None, :]), 0.0)
+        g += p * weight[None, :]
+        if DOTS:
+            dots = tl.sum(tl.where(taken, p * c, 0.0), 0)
+            tl.store(col_dots + row_tile.to(tl.int64) * col_count + cols, dots, mask=cols < col_count)
+    g = _unit(tl.where(taken, g, 0.0), row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE)
+    g = (g * tl.load(magnifier)).to(panel.dtype.element_ty)
+    place = panel + rows.to(tl.int64)[:, None] * panel_stride + cols[None, :]
+    inside = (rows < row_count)[:, None] & (cols < col_count)[None, :]
+    if UPPER:
+        tl.store(place, g, mask=inside & (cols[None, :] >= rows[:, None]))
+        # The mirrored place of (i, j), j > i, in the square on the diagonal.
+        mirror = panel + cols.to(tl.int64)[:, None] * panel_stride + rows[None, :]
+        exists = (cols < row_count)[:, None] & (rows < row_count)[None, :] & (cols[:, None] > rows[None, :])
+        tl.store(mirror, tl.trans(g), mask=exists)
+    else:
+        tl.store(place, g, mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count", "col_count", "row_begin", "col_begin"])
@@ -192,12 +291,12 @@ def _grad_tile_kernel(
     x, y, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
     row_shift, row_weight, col_shift, col_weight, magnifier,
     panel,  # (rows, columns)
-    row_dots, col_dots,  # (column tiles, rows), (row tiles, columns)
+    row_dots, col_dots,  # (pieces of columns, rows), (row tiles, columns)
     row_count, col_count, row_begin, col_begin, width, x_stride, y_stride, panel_stride,
     NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOTS: tl.constexpr,
     ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr, DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr,
     IDS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of G, as the vendor's products want it: times both factors and the magnifier, in the panel's dtype.
 
@@ -206,193 +305,223 @@ def _grad_tile_kernel(
     row_tile, col_tile = _place(tl.cdiv(row_count, BLOCK_M), tl.cdiv(col_count, BLOCK_N), GROUP)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    below = UPPER and (col_tile + 1) * BLOCK_N <= row_tile * BLOCK_M + 1
-    if below:
+    W: tl.constexpr = BLOCK_N // PIECES
+    first = col_tile * PIECES
+    if UPPER and (col_tile + 1) * BLOCK_N <= row_tile * BLOCK_M + 1:
         if DOTS:
-            tl.store(row_dots + col_tile * row_count + rows, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_count)
-            tl.store(col_dots + row_tile * col_count + cols, tl.zeros((BLOCK_N,), tl.float32), mask=cols < col_count)
+            for p in tl.static_range(PIECES):
+                place = row_dots + (first + p).to(tl.int64) * row_count + rows
+                tl.store(place, tl.zeros((BLOCK_M,), tl.float32), mask=rows < row_count)
+            place = col_dots + row_tile.to(tl.int64) * col_count + cols
+            tl.store(place, tl.zeros((BLOCK_N,), tl.float32), mask=cols < col_count)
     else:
         c = _similarities(
-            x, y, row_factor, col_factor, rows, cols, row_count, col_count, x_stride, y_stride, width,
-            NORMALIZE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x, y, rows, cols, row_count, col_count, x_stride, y_stride, width,
+            EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        taken = _taken(
-            rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS
-        )
-        safe_rows = tl.minimum(rows, row_count - 1)
-        safe_cols = tl.minimum(cols, col_count - 1)
-        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if ROWS:
-            scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
-            dots, part = _direction(
-                c, taken, scale if ROW_SCALAR else scale[:, None],
-                tl.load(row_shift + safe_rows)[:, None], tl.load(row_weight + safe_rows)[:, None],
+        if PIECES == 1:
+            _grad_piece(
+                c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
             )  # fmt: skip
-            g += part
-            if DOTS:
-                tl.store(row_dots + col_tile * row_count + rows, tl.sum(dots, 1), mask=rows < row_count)
-        if COLUMNS:
-            scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
-            dots, part = _direction(
-                c, taken, scale if COL_SCALAR else scale[None, :],
-                tl.load(col_shift + safe_cols)[None, :], tl.load(col_weight + safe_cols)[None, :],
+        elif PIECES == 2:
+            c0, c1 = _halves(c, BLOCK_M, BLOCK_N)
+            _grad_piece(
+                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
             )  # fmt: skip
-            g += part
-            if DOTS:
-                tl.store(col_dots + row_tile * col_count + cols, tl.sum(dots, 0), mask=cols < col_count)
-        if NORMALIZE:
-            g = g * tl.load(row_factor + safe_rows)[:, None] * tl.load(col_factor + safe_cols)[None, :]
-        g = (g * tl.load(magnifier)).to(panel.dtype.element_ty)
-        inside = (rows < row_count)[:, None] & (cols < col_count)[None, :]
-        place = panel + rows.to(tl.int64)[:, None] * panel_stride + cols[None, :]
-        if UPPER:
-            above = cols[None, :] > rows[:, None]
-            tl.store(place, g, mask=inside & (above | (cols[None, :] == rows[:, None])))
-            mirror = panel + cols.to(tl.int64)[:, None] * panel_stride + rows[None, :]
-            tl.store(mirror, tl.trans(g), mask=tl.trans(inside & above & (cols < row_count)[None, :]))
+            _grad_piece(
+                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 1, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+            )  # fmt: skip
         else:
-            tl.store(place, g, mask=inside)
+            c0, c2 = _halves(c, BLOCK_M, BLOCK_N)
+            c0, c1 = _halves(c0, BLOCK_M, BLOCK_N // 2)
+            c2, c3 = _halves(c2, BLOCK_M, BLOCK_N // 2)
+            _grad_piece(
+                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+            )  # fmt: skip
+            _grad_piece(
+                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 1, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+            )  # fmt: skip
+            _grad_piece(
+                c2, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 2 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 2, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+            )  # fmt: skip
+            _grad_piece(
+                c3, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
+                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 3 * W + tl.arange(0, W),
+                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 3, NORMALIZE, ROWS, COLUMNS,
+                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+            )  # fmt: skip
 
 
 @triton.jit
-def _scale_rows_kernel(x, factor, out, width, x_stride, out_stride, BLOCK: tl.constexpr):
+def _scale_rows_kernel(x, factor, out, count, width, x_stride, out_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out_i = factor_i x_i in the dtype of out."""
-    row = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + row * x_stride + k, mask=k < width, other=0.0).to(tl.float32) * tl.load(factor + row)
-    tl.store(out + row * out_stride + k, value.to(out.dtype.element_ty), mask=k < width)
+    inside = (rows < count)[:, None] & (k < width)[None, :]
+    scale = tl.load(factor + rows, mask=rows < count, other=0.0)[:, None]
+    value = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(out + rows[:, None] * out_stride + k[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _row_dots_kernel(
-    x, y, x_inverse, y_inverse, out, width, x_stride, y_stride, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, y, x_inverse, y_inverse, out, count, width, x_stride, y_stride,
+    NORMALIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out_i = x_i . y_i, of unit rows if NORMALIZE."""
-    row = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    exists = rows < count
     if NORMALIZE:
-        a = tl.load(x_inverse + row)
-        b = tl.load(y_inverse + row)
-    total = tl.zeros((BLOCK,), tl.float32)
+        a = tl.load(x_inverse + rows, mask=exists, other=0.0)[:, None]
+        b = tl.load(y_inverse + rows, mask=exists, other=0.0)[:, None]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, width, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        left = tl.load(x + row * x_stride + k, mask=k < width, other=0.0).to(tl.float32)
-        right = tl.load(y + row * y_stride + k, mask=k < width, other=0.0).to(tl.float32)
+        inside = exists[:, None] & (k < width)[None, :]
+        left = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(y + rows[:, None] * y_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORMALIZE:
             left *= a
             right *= b
         total += left * right
-    tl.store(out + row, tl.sum(total, 0))
+    tl.store(out + rows, tl.sum(total, 1), mask=exists)
 
 
 @triton.jit
-def _unit_gradient(
-    sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
-    NORMALIZE: tl.constexpr, PARTNER: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the (normalised) row at the features k: the products' sum, and the positive's part."""
-    t = tl.load(sums + row * sums_stride + k, mask=inside, other=0.0) / tl.load(magnifier)
-    if NORMALIZE:
-        factor = tl.load(x_factor + row)
-        t = tl.where(factor == 0, 0.0, t / factor)
+def _unit_gradient(sums, unscale, y, partner_weight, rows, k, inside, sums_stride, y_stride, PARTNER: tl.constexpr):
+    """Gradient of the (normalised) rows at the features k: the products' sums, and the positives' part."""
+    t = tl.load(sums + rows[:, None] * sums_stride + k[None, :], mask=inside, other=0.0) * unscale
     if PARTNER:
-        partner = tl.load(y + row * y_stride + k, mask=inside, other=0.0).to(tl.float32)
-        if NORMALIZE:
-            partner *= tl.load(y_inverse + row)
-        t += tl.load(diagonal + row) * partner
+        t += partner_weight * tl.load(y + rows[:, None] * y_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
     return t
 
 
 @triton.jit
 def _finish_kernel(
     sums, x, x_inverse, x_factor, y, y_inverse, diagonal, magnifier, out,
-    width, sums_stride, x_stride, y_stride, out_stride, EPS,
-    NORMALIZE: tl.constexpr, PARTNER: tl.constexpr, BLOCK: tl.constexpr,
+    count, width, sums_stride, x_stride, y_stride, out_stride, EPS,
+    NORMALIZE: tl.constexpr, PARTNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row from that of its normalised one; PARTNER: it has a positive, y_i."""
-    row = tl.program_id(0).to(tl.int64)
+    """The gradients of rows from those of the normalised ones; PARTNER: each has a positive, y_i."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    exists = rows < count
+    unscale = tl.full((ROWS,), 1.0, tl.float32) / tl.load(magnifier)
+    weight = tl.zeros((ROWS,), tl.float32)
+    if PARTNER:
+        weight = tl.load(diagonal + rows, mask=exists, other=0.0)
     if NORMALIZE:
-        inverse = tl.load(x_inverse + row)
-        along = tl.zeros((BLOCK,), tl.float32)
+        factor = tl.load(x_factor + rows, mask=exists, other=1.0)
+        unscale = tl.where(factor == 0, 0.0, unscale / factor)
+        if PARTNER:
+            weight *= tl.load(y_inverse + rows, mask=exists, other=0.0)
+        inverse = tl.load(x_inverse + rows, mask=exists, other=0.0)
+        along = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, width, BLOCK):
             k = start + tl.arange(0, BLOCK)
-            inside = k < width
+            inside = exists[:, None] & (k < width)[None, :]
             t = _unit_gradient(
-                sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
-                NORMALIZE, PARTNER,
-            )  # fmt: skip
-            along += t * (tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32) * inverse)
+                sums, unscale[:, None], y, weight[:, None], rows, k, inside, sums_stride, y_stride, PARTNER
+            )
+            unit = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            along += t * (unit * inverse[:, None])
         # Shorter rows are divided by eps, a constant.
-        projection = tl.where(inverse * EPS < 1, tl.sum(along, 0), 0.0)
+        projection = tl.where(inverse * EPS < 1, tl.sum(along, 1), 0.0)
     for start in range(0, width, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        inside = k < width
-        t = _unit_gradient(
-            sums, x_factor, y, y_inverse, diagonal, magnifier, row, k, inside, sums_stride, y_stride,
-            NORMALIZE, PARTNER,
-        )  # fmt: skip
+        inside = exists[:, None] & (k < width)[None, :]
+        t = _unit_gradient(sums, unscale[:, None], y, weight[:, None], rows, k, inside, sums_stride, y_stride, PARTNER)
         if NORMALIZE:
-            unit = tl.load(x + row * x_stride + k, mask=inside, other=0.0).to(tl.float32) * inverse
-            t = (t - projection * unit) * inverse
-        tl.store(out + row * out_stride + k, t.to(out.dtype.element_ty), mask=inside)
+            unit = tl.load(x + rows[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            t = (t - projection[:, None] * (unit * inverse[:, None])) * inverse[:, None]
+        tl.store(out + rows[:, None] * out_stride + k[None, :], t.to(out.dtype.element_ty), mask=inside)
 
 
 # ---------------------------------------------------------------- configurations
 
-# blocks: rows and columns of a tile, features at a time. Two programs a multiprocessor on sm_90: the matrix units work
-# for the one while the other takes exponentials.
+# blocks: rows and columns of a tile, features at a time, parts of the columns that the epilogue takes in turn.
 _TILES_16 = {
-    "sm_80": Config((128, 128, 32), 8, 4),
-    "sm_86": Config((128, 64, 32), 4, 3),
-    "sm_90": Config((128, 128, 64), 8, 3),
-    "sm_100": Config((128, 128, 64), 8, 3),
-    "gfx942": Config((128, 128, 32), 8, 2),
-    "interpreter": Config((16, 32, 16)),
+    "sm_80": Config((128, 128, 32, 4), 8, 4),
+    "sm_86": Config((128, 64, 32, 2), 8, 3),
+    "sm_90": Config((128, 128, 64, 2), 8, 3),
+    "sm_100": Config((128, 128, 64, 4), 8, 3),
+    "gfx942": Config((128, 128, 32, 4), 8, 2),
+    "interpreter": Config((32, 32, 16, 2)),
+}
+# Larger tiles read the features less often. What their epilogue leaves of the registers is enough for one kernel each.
+_LARGEST_16 = {
+    "lse": _TILES_16 | {"sm_90": Config((128, 256, 64, 4), 8, 3)},
+    "grad": _TILES_16 | {"sm_90": Config((256, 128, 64, 4), 8, 3)},
 }
 _TILES_32 = {
-    "sm_80": Config((64, 64, 32), 8, 3),
-    "sm_86": Config((64, 64, 32), 8, 2),
-    "sm_90": Config((64, 64, 32), 8, 3),
-    "sm_100": Config((64, 64, 32), 8, 3),
-    "gfx942": Config((64, 64, 16), 8, 2),
-    "interpreter": Config((16, 32, 16)),
+    "sm_80": Config((64, 64, 32, 2), 8, 3),
+    "sm_86": Config((64, 64, 32, 2), 8, 2),
+    "sm_90": Config((64, 64, 32, 1), 8, 3),
+    "sm_100": Config((64, 64, 32, 1), 8, 3),
+    "gfx942": Config((64, 64, 16, 1), 8, 2),
+    "interpreter": Config((32, 32, 16, 4)),
 }
 # Where large tiles would leave multiprocessors without work.
 _SMALL_16 = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), Config((64, 64, 64), 4, 3)),
-    "gfx942": Config((64, 64, 32), 4, 2),
-    "interpreter": Config((16, 16, 16)),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), Config((64, 64, 64, 2), 4, 3)),
+    "gfx942": Config((64, 64, 32, 2), 4, 2),
+    "interpreter": Config((16, 16, 16, 1)),
 }
 _CANDIDATES_16 = (
-    Config((128, 128, 64), 4, 3),
-    Config((128, 128, 64), 8, 4),
-    Config((128, 256, 64), 8, 3),
-    Config((256, 128, 64), 8, 3),
-    Config((64, 128, 64), 4, 4),
+    Config((128, 128, 64, 2), 8, 3),
+    Config((128, 128, 64, 4), 8, 3, 128),
+    Config((128, 256, 64, 4), 8, 4),
+    Config((256, 128, 64, 4), 8, 3),
+    Config((64, 128, 64, 2), 4, 4),
 )
-_CANDIDATES_32 = (Config((64, 64, 32), 4, 3), Config((128, 64, 32), 8, 3))
-_INTERPRETER_CANDIDATES = (Config((32, 16, 32)),)
+_CANDIDATES_32 = (Config((64, 64, 32, 1), 4, 3), Config((128, 64, 32, 1), 8, 3))
+_INTERPRETER_CANDIDATES = (Config((32, 16, 32, 1)),)
 _GROUP = 8
 _FOLD_BLOCK = 128
 
 
-def _tables(dtype: torch.dtype) -> tuple[dict[str, Config], dict[str, Config], tuple[Config, ...]]:
-    return (_TILES_32, _TILES_32, _CANDIDATES_32) if dtype == torch.float32 else (_TILES_16, _SMALL_16, _CANDIDATES_16)
+def _tables(
+    kernel: str, dtype: torch.dtype, mirrored: bool
+) -> tuple[dict[str, Config], dict[str, Config], tuple[Config, ...]]:
+    """Defaults for large and for small panels, and what tuning tries besides."""
+    if dtype == torch.float32:
+        return _TILES_32, _TILES_32, _CANDIDATES_32
+    return _TILES_16 if mirrored else _LARGEST_16[kernel], _SMALL_16, _CANDIDATES_16
 
 
-def _tile_config(kernel: str, x: Tensor, y: Tensor, launch: Callable[[Config], None]) -> Config:
-    large, small, candidates = _tables(x.dtype)
+def _tile_config(kernel: str, x: Tensor, y: Tensor, mirrored: bool, launch: Callable[[Config], None]) -> Config:
+    large, small, candidates = _tables(kernel, x.dtype, mirrored)
     config = _triton.pick(large, x.device)
     tiles = triton.cdiv(len(x), config.blocks[0]) * triton.cdiv(len(y), config.blocks[1])
     if tiles < _triton.multiprocessors(x.device):
         config = _triton.pick(small, x.device)
     if x.device.type == "cpu":
         candidates = _INTERPRETER_CANDIDATES
-    key = f"{kernel} {x.dtype} {_triton.size_class(len(x), len(y), x.shape[1])}"
+    key = f"{kernel}{' mirrored' if mirrored else ''} {x.dtype} {_triton.size_class(len(x), len(y), x.shape[1])}"
     return _triton.best(key, x.device, config, candidates, launch)
 
 
-def _row_block(width: int) -> int:
-    return int(min(1024, triton.next_power_of_2(max(width, 1))))
+def _row_blocks(width: int) -> dict[str, int]:
+    """Rows and features of a program of the row kernels: 2048 numbers."""
+    block = min(1024, triton.next_power_of_2(max(width, 1)))
+    return {"ROWS": 2048 // block, "BLOCK": block}
 
 
 # ---------------------------------------------------------------- launches
@@ -432,9 +561,9 @@ class _Rows:
             out = torch.empty(block.shape, dtype=block.dtype, device=block.device)
             rows, width = block.shape
             if out.numel():
-                size = _row_block(width)
-                _scale_rows_kernel[(rows, triton.cdiv(width, size))](
-                    block, self._power[part], out, width, block.stride(0), out.stride(0), BLOCK=size
+                size = _row_blocks(width)
+                _scale_rows_kernel[(triton.cdiv(rows, size["ROWS"]), triton.cdiv(width, size["BLOCK"]))](
+                    block, self._power[part], out, rows, width, block.stride(0), out.stride(0), **size
                 )
             self._held = part, out
         return self._held[1]
@@ -473,10 +602,16 @@ def _common(x: Tensor, block_k: int) -> dict[str, Any]:
 
 
 def _launched(kernel: Any, rows: int, cols: int, config: Config, *args: Any, **options: Any) -> None:
-    m, n, k = config.blocks
+    m, n, k, pieces = config.blocks
     kernel[(triton.cdiv(rows, m) * triton.cdiv(cols, n),)](
-        *args, **options, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **config.options(bool(torch.version.hip))
+        *args, **options, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, PIECES=pieces, **config.options(bool(torch.version.hip))
     )
+
+
+def _slots(rows: int, cols: int, config: Config) -> tuple[int, int]:
+    """Partial results that a column gets, and that a row gets."""
+    m, n, _, pieces = config.blocks
+    return triton.cdiv(rows, m), triton.cdiv(cols, n) * pieces
 
 
 def _lse_panel(left: _Rows, right: _Rows, i: slice, j: slice, row: Softmax, col: Softmax | None, pairs: _Pairs) -> None:
@@ -488,7 +623,7 @@ def _lse_panel(left: _Rows, right: _Rows, i: slice, j: slice, row: Softmax, col:
     found: list[Tensor] = []
 
     def launch(config: Config) -> None:
-        tiles = triton.cdiv(m, config.blocks[0]), triton.cdiv(n, config.blocks[1])
+        tiles = _slots(m, n, config)
         found[:] = (
             row.max.new_empty((tiles[1], 2, m)),
             row.max.new_empty((tiles[0] if col is not None else 0, 2, n)),
@@ -501,7 +636,7 @@ def _lse_panel(left: _Rows, right: _Rows, i: slice, j: slice, row: Softmax, col:
             COL_SCALAR=col_state.scale.dim() == 0, **mask, **_common(x, config.blocks[2]),
         )  # fmt: skip
 
-    launch(_tile_config("lse", x, y, launch))
+    launch(_tile_config("lse", x, y, mask["UPPER"], launch))
     _fold(found[0], row_state)
     if col is not None:
         _fold(found[1], col_state)
@@ -514,13 +649,13 @@ def _lse_sweep(left: _Rows, right: _Rows, row: Softmax, col: Softmax | None, pai
 
 
 def _diagonal(left: _Rows, right: _Rows) -> Tensor:
-    rows = min(len(left), len(right))
+    rows, width = min(len(left), len(right)), left.x.shape[1]
     out = torch.empty((rows,), dtype=torch.float32, device=left.x.device)
+    size = _row_blocks(width)
     if rows:
-        width = left.x.shape[1]
-        _row_dots_kernel[(rows,)](
-            left.x, right.x, left.inverse, right.inverse, out, width, left.x.stride(0), right.x.stride(0),
-            NORMALIZE=left.normalize, BLOCK=_row_block(width),
+        _row_dots_kernel[(triton.cdiv(rows, size["ROWS"]),)](
+            left.x, right.x, left.inverse, right.inverse, out, rows, width, left.x.stride(0), right.x.stride(0),
+            NORMALIZE=left.normalize, **size,
         )  # fmt: skip
     return out
 
@@ -563,8 +698,9 @@ class _Backward:
 
         def launch(config: Config) -> None:
             if self.dots:
-                found[0] = self.nothing.new_empty((triton.cdiv(n, config.blocks[1]), m))
-                found[1] = self.nothing.new_empty((triton.cdiv(m, config.blocks[0]), n))
+                tiles = _slots(m, n, config)
+                found[0] = self.nothing.new_empty((tiles[1], m))
+                found[1] = self.nothing.new_empty((tiles[0], n))
             _launched(
                 _grad_tile_kernel, m, n, config,
                 x, y, self.left.factor_of(i), self.right.factor_of(j), row_vectors[0], col_vectors[0], *ids,
@@ -575,7 +711,7 @@ class _Backward:
                 **mask, **_common(x, config.blocks[2]),
             )  # fmt: skip
 
-        launch(_tile_config("grad", x, y, launch))
+        launch(_tile_config("grad", x, y, mask["UPPER"], launch))
         for direction, partials in zip((row, col), found, strict=True):
             if direction is not None and direction.dot is not None:
                 direction.dot.add_(partials.sum(0))
@@ -592,12 +728,13 @@ class _Backward:
             if count and width:
                 x, s, o = side.x[rows], sums[rows.start - part.start : rows.stop - part.start], out[rows]
                 y = other.x[rows] if partner else x
-                _finish_kernel[(count,)](
+                size = _row_blocks(width)
+                _finish_kernel[(triton.cdiv(count, size["ROWS"]),)](
                     s, x, side.inverse_of(rows), side.factor_of(rows), y,
                     other.inverse_of(rows) if partner else side.inverse_of(rows),
                     self.magnifier if diagonal is None else diagonal[rows], self.magnifier, o,
-                    width, s.stride(0), x.stride(0), y.stride(0), o.stride(0), NORM_EPS,
-                    NORMALIZE=side.normalize, PARTNER=partner, BLOCK=_row_block(width),
+                    count, width, s.stride(0), x.stride(0), y.stride(0), o.stride(0), NORM_EPS,
+                    NORMALIZE=side.normalize, PARTNER=partner, **size,
                 )  # fmt: skip
 
 
@@ -766,7 +903,7 @@ def _gradients(
     results = [d.scale_grad(upstream, stats) for d, (_, stats, upstream) in zip((row, col), directions, strict=False)
                if d is not None and need_scale]  # fmt: skip
     nothing = magnifier.new_empty((0,))
-    first, second = (results + [nothing, nothing])[:2]
+    first, second = [*results, nothing, nothing][:2]
     return first, second
 
 
@@ -853,59 +990,56 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
     """Every kernel in its default configuration on `target`; with `candidates`, the tiles in all that tuning tries."""
     found = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if candidates else (torch.bfloat16, torch.float32):
-        large, small, tried = _tables(dtype)
-        configs = {large[target]: "", small[target]: " small"} if candidates else {large[target]: ""}
-        if candidates:
-            configs |= {config: f" candidate {i}" for i, config in enumerate(tried)}
-        for config, note in configs.items():
-            found += _tile_specimens(dtype, config, note, target)
+        for kernel in ("lse", "grad"):
+            for mirrored in (False, True):
+                large, small, tried = _tables(kernel, dtype, mirrored)
+                configs = {large[target]: ""}
+                if candidates:
+                    configs |= {config: f" candidate {i}" for i, config in enumerate(tried) if config != large[target]}
+                    configs[small[target]] = " small"
+                for config, note in configs.items():
+                    found.append(_tile_specimen(kernel, dtype, mirrored, config, note, target))
         found += _row_specimens(dtype)
     fold = {"partials": "*fp32", "state_max": "*fp32", "state_sum": "*fp32", "count": "i32", "tiles": "i32"}
     return [*found, Specimen("fold", _fold_kernel, fold, {"BLOCK": _FOLD_BLOCK}, Config((_FOLD_BLOCK,)))]
 
 
-def _tile_specimens(dtype: torch.dtype, config: Config, note: str, target: str) -> list[Specimen]:
-    """Symmetric InfoNCE with a scalar scale, without a mask but the diagonal; and NT-Xent with ids."""
+def _tile_specimen(kernel: str, dtype: torch.dtype, mirrored: bool, config: Config, note: str, target: str) -> Specimen:
+    """Symmetric InfoNCE of unit rows, all but the diagonal; or NT-Xent with ids."""
     pointer, name = _TYPES[dtype], str(dtype).removeprefix("torch.")
-    m, n, k = config.blocks
-    precision = "tf32x3" if dtype == torch.float32 and target.startswith("sm") else "ieee"
-    common = {
-        "EVEN": True, "PRECISION": precision, "GROUP": _GROUP, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+    m, n, k, pieces = config.blocks
+    constants = {
+        "EVEN": True, "PRECISION": "tf32x3" if dtype == torch.float32 and target.startswith("sm") else "ieee",
+        "GROUP": _GROUP, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "PIECES": pieces,
         "COLUMNS": True, "DROP_DIAGONAL": True, "ROW_SCALAR": True, "COL_SCALAR": True,
+        **dict.fromkeys(("NORMALIZE", "UPPER", "IDS"), mirrored),
     }  # fmt: skip
     floats = ("row_factor", "col_factor", "row_scale", "col_scale")
     counts = ("row_count", "col_count", "row_begin", "col_begin", "width", "x_stride", "y_stride")
-    types = {
-        "x": pointer, "y": pointer, **dict.fromkeys(floats, "*fp32"),
-        "row_ids": "*i64", "col_ids": "*i64", **dict.fromkeys(counts, "i32"),
-    }  # fmt: skip
-    lse = types | dict.fromkeys(("row_partials", "col_partials"), "*fp32")
+    types = {"x": pointer, "y": pointer, "row_ids": "*i64", "col_ids": "*i64"}
+    types |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(counts, "i32")
+    title = f"{kernel}{' mirrored' if mirrored else ''} {name}{note}"
+    if kernel == "lse":
+        types |= dict.fromkeys(("row_partials", "col_partials"), "*fp32")
+        return Specimen(title, _lse_tile_kernel, types, constants, config, _WIDTHS, True)
     vectors = ("row_shift", "row_weight", "col_shift", "col_weight", "magnifier", "row_dots", "col_dots")
-    grad = types | dict.fromkeys(vectors, "*fp32") | {"panel": pointer, "panel_stride": "i32"}
-    found = []
-    for case, flags in (
-        ("", {"NORMALIZE": False, "UPPER": False, "IDS": False}),
-        (" self ids", {"NORMALIZE": True, "UPPER": True, "IDS": True}),
-    ):
-        found += [
-            Specimen(f"lse{case} {name}{note}", _lse_tile_kernel, lse, common | flags, config, _WIDTHS, True),
-            Specimen(
-                f"grad{case} {name}{note}", _grad_tile_kernel, grad,
-                common | flags | {"ROWS": True, "DOTS": True}, config, _WIDTHS | {"panel", "panel_stride"}, True,
-            ),
-        ]  # fmt: skip
-    return found
+    types |= dict.fromkeys(vectors, "*fp32") | {"panel": pointer, "panel_stride": "i32"}
+    constants |= {"ROWS": True, "DOTS": True}
+    return Specimen(title, _grad_tile_kernel, types, constants, config, _WIDTHS | {"panel", "panel_stride"}, True)
 
 
 def _row_specimens(dtype: torch.dtype) -> list[Specimen]:
     pointer, name = _TYPES[dtype], str(dtype).removeprefix("torch.")
-    scale = {"x": pointer, "out": pointer, "factor": "*fp32", "width": "i32", "x_stride": "i32", "out_stride": "i32"}
-    dots = {"x": pointer, "y": pointer, "width": "i32", "x_stride": "i32", "y_stride": "i32"}
+    scale = {"x": pointer, "out": pointer, "factor": "*fp32"}
+    scale |= dict.fromkeys(("count", "width", "x_stride", "out_stride"), "i32")
+    dots = {"x": pointer, "y": pointer}
+    dots |= dict.fromkeys(("count", "width", "x_stride", "y_stride"), "i32")
     dots |= dict.fromkeys(("x_inverse", "y_inverse", "out"), "*fp32")
     finish = {"x": pointer, "y": pointer, "out": pointer, "EPS": "fp32"}
     finish |= dict.fromkeys(("sums", "x_inverse", "x_factor", "y_inverse", "diagonal", "magnifier"), "*fp32")
-    finish |= dict.fromkeys(("width", "sums_stride", "x_stride", "y_stride", "out_stride"), "i32")
-    block, flags = {"BLOCK": 1024}, {"NORMALIZE": True, "PARTNER": True, "BLOCK": 1024}
+    finish |= dict.fromkeys(("count", "width", "sums_stride", "x_stride", "y_stride", "out_stride"), "i32")
+    block = _row_blocks(1024)
+    flags = block | {"NORMALIZE": True, "PARTNER": True}
     config = Config((1024,))
     return [
         Specimen(f"scale rows {name}", _scale_rows_kernel, scale, block, config, _WIDTHS & scale.keys()),

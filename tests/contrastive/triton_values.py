@@ -1,6 +1,6 @@
-"""The Triton kernels against the dense formula in float64: on the GPU, or interpreted on the CPU (`tests/test_triton.py`).
+"""The Triton kernels against the dense formula in float64: on a GPU, or interpreted (see `tests/test_triton.py`).
 
-The interpreter has tiles of 16 x 32 with 16 features at a time, and panels are made small here, so that a few dozen
+The interpreter has tiles of 32 x 32 with 16 features at a time, and panels are made small here, so that a few dozen
 rows cross every edge.
 """
 
@@ -19,9 +19,11 @@ from fastloss.contrastive import ops
 from fastloss.contrastive import triton as kernels
 from tests.contrastive.problems import REDUCED, VARIANTS, Problem, check, evaluate, make_problem
 
+# NumPy, which interprets, warns of what kernels leave out by a mask afterwards.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 97]  # tiles 16 x 32, panels 32 x 64
+EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65]  # tiles 32 x 32 in two parts, panels 32 x 64
 FUNCTIONS = ["info_nce mean", "info_nce symmetric", "info_nce unpaired", "clip_loss", "nt_xent"]
 
 
@@ -37,66 +39,75 @@ def problem_of(variant: str, **options: object) -> Problem:
     return make_problem(variant, **options).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", [*VARIANTS, *REDUCED])
-def test_every_mode(variant: str, dtype: torch.dtype) -> None:
-    check(problem_of(variant, rows=37, columns=21, width=19, dtype=dtype))
+# Paired negatives are not on these ops.
+MODES = [variant for variant in (*VARIANTS, *REDUCED) if " paired" not in variant]
+
+
+@pytest.mark.parametrize(("index", "variant"), list(enumerate(MODES)))
+def test_every_mode(index: int, variant: str) -> None:
+    """Each in one of the dtypes, in turn."""
+    check(problem_of(variant, rows=20, columns=37, width=19, dtype=DTYPES[index % len(DTYPES)]))
 
 
 @pytest.mark.parametrize("rows", EDGES)
-@pytest.mark.parametrize("variant", ["info_nce symmetric ids", "info_nce mean ids", "clip_loss", "nt_xent ids"])
-def test_rows_at_every_edge(variant: str, rows: int) -> None:
-    check(problem_of(variant, rows=rows, width=5))
+def test_rows_at_every_edge(rows: int) -> None:
+    check(problem_of("info_nce symmetric ids", rows=rows, width=5))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 33])
+def test_views_at_every_edge(rows: int) -> None:
+    check(problem_of("nt_xent ids", rows=rows, width=5))
+
+
+@pytest.mark.parametrize("variant", ["info_nce symmetric ids", "nt_xent ids"])
+def test_tiles_of_small_batches(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "multiprocessors", lambda device: 100)
+    check(problem_of(variant, rows=20, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("columns", [0, *EDGES])
-@pytest.mark.parametrize("rows", [1, 33])
-def test_columns_at_every_edge(rows: int, columns: int) -> None:
-    check(problem_of("info_nce unpaired key_ids row_temperature", rows=rows, columns=columns, width=5))
+def test_columns_at_every_edge(columns: int) -> None:
+    check(problem_of("info_nce unpaired key_ids row_temperature", rows=33, columns=columns, width=5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 32, 1030])
-@pytest.mark.parametrize("variant", ["info_nce symmetric", "info_nce unpaired dot", "nt_xent"])
-def test_widths(variant: str, width: int, dtype: torch.dtype) -> None:
-    check(problem_of(variant, rows=20, columns=9, width=width, dtype=dtype))
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    check(problem_of("info_nce symmetric", rows=20, width=width, dtype=dtype))
 
 
-@pytest.mark.parametrize("variant", [*FUNCTIONS, "info_nce symmetric ids row_temperature"])
+@pytest.mark.parametrize("variant", ["info_nce mean", "info_nce symmetric ids row_temperature", "nt_xent"])
 def test_each_gradient_alone(variant: str) -> None:
-    problem = problem_of(variant, rows=37)
+    problem = problem_of(variant, rows=20)
     for name in problem.tensors:
         check(problem, requires_grad=[name])
-        check(problem, requires_grad=set(problem.tensors) - {name})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["info_nce symmetric ids row_temperature", *FUNCTIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["info_nce symmetric ids row_temperature", "info_nce unpaired", "nt_xent ids"])
 def test_sums_that_do_not_fit(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep for dQ and one for dK; a self-similarity by whole rows."""
     monkeypatch.setattr(kernels, "ACCUMULATOR_BYTES", 0)
-    problem = problem_of(variant, rows=67, columns=70, dtype=dtype)
+    problem = problem_of(variant, rows=40, columns=70, width=5, dtype=dtype)
     check(problem)
-    name = list(problem.features)[-1]
-    check(problem, requires_grad=[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.005, 10.0])
-@pytest.mark.parametrize("variant", FUNCTIONS)
+@pytest.mark.parametrize("variant", ["clip_loss", "nt_xent"])
 def test_temperatures(variant: str, temperature: float, dtype: torch.dtype) -> None:
-    check(problem_of(variant, dtype=dtype, temperature=temperature))
+    check(problem_of(variant, rows=20, dtype=dtype, temperature=temperature))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ["info_nce symmetric", "nt_xent"])
 def test_rows_of_zeros_and_of_every_length(variant: str, dtype: torch.dtype) -> None:
     """Powers of two leave a normalised row as it is, whatever the range of float16."""
-    problem = problem_of(variant, rows=33, dtype=dtype, temperature=0.5)
+    problem = problem_of(variant, rows=20, dtype=dtype, temperature=0.5)
     want = evaluate(problem)
     name = next(iter(problem.features))
     if problem.normalizes:
-        factor = (2.0 ** (torch.arange(33) % 9 - 4.0)).to(DEVICE)[:, None].to(dtype)
+        factor = (2.0 ** (torch.arange(20) % 9 - 4.0)).to(DEVICE)[:, None].to(dtype)
         got = evaluate(problem.with_tensors(**{name: problem.tensors[name] * factor}))
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
     changed = problem.tensors[name].clone()
@@ -151,7 +162,7 @@ def test_one_bad_row_stays_in_its_row_and_column(variant: str, bad: float) -> No
 
 @pytest.mark.parametrize("variant", FUNCTIONS)
 def test_results_do_not_change_from_run_to_run(variant: str) -> None:
-    problem = problem_of(variant, rows=67, dtype=torch.bfloat16)
+    problem = problem_of(variant, rows=40, dtype=torch.bfloat16)
     first, second = evaluate(problem), evaluate(problem)
     assert torch.equal(first.loss, second.loss)
     assert all(torch.equal(g, second.gradients[name]) for name, g in first.gradients.items())
@@ -186,7 +197,7 @@ def test_tuning_happens_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(_triton, "_measured", {})
     monkeypatch.setattr(_triton, "_loaded", set())
     torch.testing.assert_close(evaluate(problem).loss, want.loss)
-    assert len(_triton._measured) == 2
+    assert len(_triton._measured) == len(json.loads(path.read_text())) > 0
 
 
 def test_float32_precision_is_named_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,13 +32,16 @@ kernels: setup
 	$(BIN)/python -m fastloss.kernels --all --output $(REPORTS)
 
 # On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. Under ten minutes.
+# Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
+GPU_PYTEST = $(PYTHON) -m pytest -q -W default
+GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
 GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m fastloss info
-	$(PYTHON) -m pytest -q -W default $(GPU_TESTS)
+	$(GPU_PYTEST) $(GPU_SPREAD) $(GPU_TESTS)
 	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
-	  $(PYTHON) -m pytest -q -W default tests/contrastive/triton_values.py -k "columns_at_every_edge"; fi
+	  $(GPU_PYTEST) tests/contrastive/triton_values.py -k "columns_at_every_edge"; fi
 	$(PYTHON) -m fastloss bench --device cuda --output $(REPORTS)
 
 test: lint

@@ -117,12 +117,12 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
@@ -149,11 +149,11 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     gc.collect()
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = int(torch.cuda.memory_allocated(device))
     _, gradients = run()
     synchronize(device)
-    own = sum(g.numel() * g.element_size() for g in gradients)
-    return torch.cuda.max_memory_allocated(device) - before - own
+    own: int = sum(g.numel() * g.element_size() for g in gradients)
+    return int(torch.cuda.max_memory_allocated(device)) - before - own
 
 
 def describe_card(device: torch.device) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def matrices(count: float) -> Formula:
 
 
 def _eager(logits: Tensor) -> Tensor:
-    target = _target(*logits.shape, logits.device)
+    target = _target(len(logits), logits.shape[1], logits.device)
     mean, deviation = logits.mean(1), logits.std(1, correction=0)
     z = (logits.gather(1, target[:, None]).squeeze(1) - mean) / (deviation + 1e-12)
     return F.softplus(-z).mean()
@@ -79,7 +79,7 @@ EAGER: Mapping[str, Loss] = {
 }
 
 TRUTH: Mapping[str, Loss] = {
-    "z_loss": lambda logits: reference.z_loss(logits, _target(*logits.shape, logits.device)),
+    "z_loss": lambda logits: reference.z_loss(logits, _target(len(logits), logits.shape[1], logits.device)),
     "linear_z_loss": lambda hidden, weight: reference.linear_z_loss(
         hidden, weight, _target(len(hidden), len(weight), hidden.device)
     ),
@@ -87,7 +87,7 @@ TRUTH: Mapping[str, Loss] = {
 
 
 def _z_loss(logits: Tensor) -> Tensor:
-    return fastloss.z_loss(logits, _target(*logits.shape, logits.device))
+    return fastloss.z_loss(logits, _target(len(logits), logits.shape[1], logits.device))
 
 
 def _linear_z_loss(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -96,7 +96,9 @@ def _linear_z_loss(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _in_place(logits: Tensor) -> Tensor:
     # The logits of a case are leaves and wanted again: the loss gets a copy, which counts in its time.
-    return fastloss.z_loss(logits * 1, _target(*logits.shape, logits.device), gradient_overwrites_logits=True)
+    return fastloss.z_loss(
+        logits * 1, _target(len(logits), logits.shape[1], logits.device), gradient_overwrites_logits=True
+    )
 
 
 def _fastloss(name: str, description: str, backend: str, losses: Mapping[str, Loss], full_only: bool) -> Provider:

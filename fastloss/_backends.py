@@ -123,7 +123,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(device_type: str) -> str:
     name = PORTABLE
     if device_type == "cuda":

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,8 @@ def float32_precision() -> str:
 # ---------------------------------------------------------------- tuning
 
 _ASKED = False
-_measured: dict[str, Config] = {}
-_loaded: set[Path] = set()
+_measured: dict[tuple[torch.device, str], Config] = {}
+_loaded: set[torch.device] = set()
 
 
 class tuning:
@@ -144,17 +144,17 @@ def _cache_file(device: torch.device) -> Path:
     return folder / f"{re.sub('[^A-Za-z0-9]+', '-', card)}-triton-{triton.__version__}.json"
 
 
-def _load(path: Path) -> None:
-    if path in _loaded:
-        return
-    _loaded.add(path)
+def _load(device: torch.device) -> None:
+    _loaded.add(device)
+    path = _cache_file(device)
     if path.exists():
         for key, (blocks, *options) in json.loads(path.read_text()).items():
-            _measured.setdefault(f"{path}:{key}", Config(tuple(blocks), *options))
+            _measured.setdefault((device, key), Config(tuple(blocks), *options))
 
 
-def _save(path: Path) -> None:
-    found = {key.split(":", 1)[1]: config for key, config in _measured.items() if key.startswith(f"{path}:")}
+def _save(device: torch.device) -> None:
+    path = _cache_file(device)
+    found = {key: config for (where, key), config in _measured.items() if where == device}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(descriptor, "w") as file:
@@ -166,16 +166,16 @@ def best(
     key: str, device: torch.device, default: Config, candidates: Sequence[Config], launch: Callable[[Config], None]
 ) -> Config:
     """The configuration for `launch`, which may run any number of times: what was measured for `key`, or `default`."""
-    path = _cache_file(device)
-    _load(path)
-    full = f"{path}:{key}"
-    if full not in _measured:
+    if device not in _loaded:
+        _load(device)
+    found = _measured.get((device, key))
+    if found is None:
         if not (_ASKED or os.environ.get("FASTLOSS_TUNE") == "1"):
             return default
         times = {config: _time(launch, config, device) for config in (default, *candidates)}
-        _measured[full] = min(times, key=times.__getitem__)
-        _save(path)
-    return _measured[full]
+        found = _measured[device, key] = min(times, key=times.__getitem__)
+        _save(device)
+    return found
 
 
 def _time(launch: Callable[[Config], None], config: Config, device: torch.device) -> float:
@@ -315,11 +315,3 @@ def _read_hip(compiled: Any) -> tuple[int, int, str, int]:
 
     count = len(re.findall(r"^\t[vsgd][a-z0-9_]+\s", assembly, re.M))
     return number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count"), assembly, count
-
-
-def specimens(modules: Iterable[Any], target_name: str, *, candidates: bool = False) -> list[Specimen]:
-    """Of every family's kernels; with `candidates`, also in the configurations that tuning may choose."""
-    found: list[Specimen] = []
-    for module in modules:
-        found += module.specimens(target_name, candidates)
-    return found

@@ -15,7 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastloss._backends import TRITON_FAMILIES
-from fastloss._triton import TARGETS, Resources, resources
+from fastloss._triton import TARGETS, Resources, resources, tuning
+
+__all__ = ["compile_all", "main", "table", "tuning"]
 
 CHECKED = ("sm_80", "sm_90", "sm_100", "gfx942")  # by the tests; --all adds the other chips and the candidates
 

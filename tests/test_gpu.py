@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastloss
+from tests.contrastive.problems import check, make_problem
 
 if not torch.cuda.is_available():
     pytest.skip("PyTorch sees no CUDA or ROCm device", allow_module_level=True)
@@ -38,6 +39,15 @@ def gradients(loss: Loss, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 def test_cards_run_triton() -> None:
     assert fastloss.backends()["triton"].startswith("available")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "variant", ["info_nce symmetric ids row_temperature", "info_nce unpaired", "nt_xent", "nt_xent ids"]
+)
+def test_values_of_large_tiles(variant: str, dtype: torch.dtype) -> None:
+    """The configurations that small problems do not reach, ragged in all three sizes."""
+    check(make_problem(variant, rows=3001, columns=4099, width=200, dtype=dtype).to("cuda"))
 
 
 @every_loss

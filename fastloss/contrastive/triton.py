@@ -894,12 +894,15 @@ def _gradients(
     need_left, need_right = left_out.dim() == 2, right_out.dim() == 2
     fits = right.x.numel() * 4 <= ACCUMULATOR_BYTES
     if need_left or need_scale or fits:
-        work = _Backward(left, right, row, col, pairs, magnifier)
-        _gradient_sweep(work, diagonal, left_out if need_left else None, right_out if need_right and fits else None)
+        _gradient_sweep(
+            _Backward(left, right, row, col, pairs, magnifier),
+            diagonal,
+            left_out if need_left else None,
+            right_out if need_right and fits else None,
+        )
     if need_right and not fits:
-        without = [None if d is None else Gradient(d.scale, d.shift, d.weight, None) for d in (col, row)]
-        swapped = _Backward(right, left, *without, pairs.swapped(), magnifier)
-        _gradient_sweep(swapped, diagonal, right_out, None)
+        new_row, new_col = (None if d is None else Gradient(d.scale, d.shift, d.weight, None) for d in (col, row))
+        _gradient_sweep(_Backward(right, left, new_row, new_col, pairs.swapped(), magnifier), diagonal, right_out, None)
     results = [d.scale_grad(upstream, stats) for d, (_, stats, upstream) in zip((row, col), directions, strict=False)
                if d is not None and need_scale]  # fmt: skip
     nothing = magnifier.new_empty((0,))

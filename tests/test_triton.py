@@ -47,10 +47,9 @@ def test_a_kernel_that_spills_or_does_not_fit_is_seen() -> None:
     faults = " ".join(_triton.resources(lse, "sm_80").faults)
     assert "spills" in faults
     assert "bytes of shared memory" in faults
-    scalar = _triton.Specimen(
-        "fold", contrastive._fold_kernel, {"partials": "*fp32", "state_max": "*fp32", "state_sum": "*fp32",
-        "count": "i32", "tiles": "i32"}, {"BLOCK": 128}, _triton.Config((128,)), matrix=True,
-    )  # fmt: skip
+    types = dict.fromkeys(("partials", "upstream", "inverse", "out"), "*fp32") | {"count": "i32", "tiles": "i32"}
+    kernel, config = contrastive._scale_grad_kernel, _triton.Config((128,))
+    scalar = _triton.Specimen("sums", kernel, types, {"BLOCK": 128}, config, matrix=True)
     assert _triton.resources(scalar, "sm_90").faults == ("does not use the matrix units",)
 
 

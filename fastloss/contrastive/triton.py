@@ -29,11 +29,12 @@ from torch import Tensor
 from fastloss import _triton
 from fastloss._triton import Config, Specimen
 from fastloss.contrastive import portable
-from fastloss.contrastive.tiles import NORM_EPS, Gradient, Softmax, blocks, inverse_norms
+from fastloss.contrastive.tiles import LOG2_E, NORM_EPS, blocks, inverse_norms, per_row
 
 PANEL_ROWS = 8192  # a panel holds this times PANEL_COLS entries of 16 bits: 256 MiB
 PANEL_COLS = 16384  # not less than the rows: the mirrored square of a self-similarity lies in a row's first panel
 ACCUMULATOR_BYTES = 512 << 20
+_LOG2_E = tl.constexpr(LOG2_E)
 
 # ---------------------------------------------------------------- kernels
 
@@ -79,6 +80,19 @@ def _halves(c, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _pieces(c, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr):
+    """The columns in one, two or four parts, from the left."""
+    if PIECES == 1:
+        pieces = (c,)
+    elif PIECES == 2:
+        pieces = _halves(c, M, N)
+    else:
+        left, right = _halves(c, M, N)
+        pieces = _halves(left, M, N // 2) + _halves(right, M, N // 2)
+    return pieces
+
+
+@triton.jit
 def _unit(c, row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE: tl.constexpr):
     if NORMALIZE:
         left = tl.load(row_factor + tl.minimum(rows, row_count - 1))
@@ -112,6 +126,7 @@ def _finite_or_zero(x):
 
 @triton.jit
 def _scale_of(scale, index, count, SCALAR: tl.constexpr):
+    """The natural scale; logits are kept in base 2."""
     return tl.load(scale if SCALAR else scale + tl.minimum(index, count - 1))
 
 
@@ -132,14 +147,14 @@ def _lse_piece(
     c = _unit(c, row_factor, col_factor, rows, cols, row_count, col_count, NORMALIZE)
     taken = _taken(rows, cols, row_count, col_count, row_begin, col_begin, row_ids, col_ids, DROP_DIAGONAL, UPPER, IDS)
     scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
-    z = c * (scale if ROW_SCALAR else scale[:, None])
+    z = c * ((scale if ROW_SCALAR else scale[:, None]) * _LOG2_E)
     top, total = _partial(tl.where(taken, z, float("-inf")), 1)
     row_place = row_partials + piece.to(tl.int64) * 2 * row_count + rows
     tl.store(row_place, top, mask=rows < row_count)
     tl.store(row_place + row_count, total, mask=rows < row_count)
     if COLUMNS:
         scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
-        z = c * (scale if COL_SCALAR else scale[None, :])
+        z = c * ((scale if COL_SCALAR else scale[None, :]) * _LOG2_E)
         top, total = _partial(tl.where(taken, z, float("-inf")), 0)
         col_place = col_partials + row_tile.to(tl.int64) * 2 * col_count + cols
         tl.store(col_place, top, mask=cols < col_count)
@@ -178,74 +193,65 @@ def _lse_tile_kernel(
             x, y, rows, cols, row_count, col_count, x_stride, y_stride, width,
             EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if PIECES == 1:
+        pieces = _pieces(c, BLOCK_M, BLOCK_N, PIECES)
+        for p in tl.static_range(PIECES):
             _lse_piece(
-                c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-        elif PIECES == 2:
-            c0, c1 = _halves(c, BLOCK_M, BLOCK_N)
-            _lse_piece(
-                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-            _lse_piece(
-                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 1, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-        else:
-            c0, c2 = _halves(c, BLOCK_M, BLOCK_N)
-            c0, c1 = _halves(c0, BLOCK_M, BLOCK_N // 2)
-            c2, c3 = _halves(c2, BLOCK_M, BLOCK_N // 2)
-            _lse_piece(
-                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 0, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-            _lse_piece(
-                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 1, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-            _lse_piece(
-                c2, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 2 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 2, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
-            )  # fmt: skip
-            _lse_piece(
-                c3, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
-                rows, col_tile * BLOCK_N + 3 * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
-                row_tile, first + 3, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
+                pieces[p], row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_partials, col_partials,
+                rows, col_tile * BLOCK_N + p * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                row_tile, first + p, NORMALIZE, COLUMNS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
-def _fold_kernel(partials, state_max, state_sum, count, tiles, BLOCK: tl.constexpr):
-    """Adds partial statistics (tiles, 2, count) to the state, in the order of the tiles."""
+def _fold_kernel(
+    partials, state_max, state_sum, lse, shift, inverse, count, tiles,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds partial statistics (tiles, 2, count) to the state, in the order of the tiles; the last one finishes it."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
-    top = tl.load(state_max + i, mask=inside, other=float("-inf"))
-    total = tl.load(state_sum + i, mask=inside, other=0.0)
+    if FIRST:
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+    else:
+        top = tl.load(state_max + i, mask=inside, other=float("-inf"))
+        total = tl.load(state_sum + i, mask=inside, other=0.0)
     place = partials + i
     for _ in range(tiles):
         new_top = tl.load(place, mask=inside, other=float("-inf"))
         new_total = tl.load(place + count, mask=inside, other=0.0)
         both = tl.maximum(top, new_top)
-        shift = _finite_or_zero(both)
-        total = total * tl.exp2(top - shift) + new_total * tl.exp2(new_top - shift)
+        near = _finite_or_zero(both)
+        total = total * tl.exp2(top - near) + new_total * tl.exp2(new_top - near)
         top = both
         place += 2 * count
-    tl.store(state_max + i, top, mask=inside)
-    tl.store(state_sum + i, total, mask=inside)
+    if LAST:
+        tl.store(lse + i, (tl.log2(total) + top) * (1 / _LOG2_E), mask=inside)
+        tl.store(shift + i, _finite_or_zero(top), mask=inside)
+        tl.store(inverse + i, tl.where(total == 0, 0.0, 1 / total), mask=inside)
+    else:
+        tl.store(state_max + i, top, mask=inside)
+        tl.store(state_sum + i, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "tiles"])
+def _scale_grad_kernel(partials, upstream, inverse, out, count, tiles, BLOCK: tl.constexpr):
+    """Adds to out_i the product upstream_i E_i[c], from the partial sums (tiles, count)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    place = partials + i
+    for _ in range(tiles):
+        total += tl.load(place, mask=inside, other=0.0)
+        place += count
+    total *= tl.load(upstream + i, mask=inside, other=0.0) * tl.load(inverse + i, mask=inside, other=0.0)
+    tl.store(out + i, total + tl.load(out + i, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
 def _grad_piece(
-    c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
-    row_shift, row_weight, col_shift, col_weight, magnifier, panel, row_dots, col_dots,
+    c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_inverse, row_upstream,
+    col_shift, col_inverse, col_upstream, magnifier, panel, row_dots, col_dots,
     rows, cols, row_count, col_count, row_begin, col_begin, panel_stride, row_tile, piece,
     NORMALIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOTS: tl.constexpr,
     ROW_SCALAR: tl.constexpr, COL_SCALAR: tl.constexpr, DROP_DIAGONAL: tl.constexpr, UPPER: tl.constexpr,
@@ -258,16 +264,20 @@ def _grad_piece(
     g = tl.zeros((BLOCK_M, W), tl.float32)
     if ROWS:
         scale = _scale_of(row_scale, rows, row_count, ROW_SCALAR)
-        shift, weight = tl.load(row_shift + safe_rows), tl.load(row_weight + safe_rows)
-        p = tl.where(taken, tl.exp2(c * (scale if ROW_SCALAR else scale[:, None]) - shift[:, None]), 0.0)
+        shift = tl.load(row_shift + safe_rows)
+        weight = tl.load(row_upstream + safe_rows) * scale * tl.load(row_inverse + safe_rows)
+        z = c * ((scale if ROW_SCALAR else scale[:, None]) * _LOG2_E)
+        p = tl.where(taken, tl.exp2(z - shift[:, None]), 0.0)
         g += p * weight[:, None]
         if DOTS:
             dots = tl.sum(tl.where(taken, p * c, 0.0), 1)
             tl.store(row_dots + piece.to(tl.int64) * row_count + rows, dots, mask=rows < row_count)
     if COLUMNS:
         scale = _scale_of(col_scale, cols, col_count, COL_SCALAR)
-        shift, weight = tl.load(col_shift + safe_cols), tl.load(col_weight + safe_cols)
-        p = tl.where(taken, tl.exp2(c * (scale if COL_SCALAR else scale[None, :]) - shift[None, :]), 0.0)
+        shift = tl.load(col_shift + safe_cols)
+        weight = tl.load(col_upstream + safe_cols) * scale * tl.load(col_inverse + safe_cols)
+        z = c * ((scale if COL_SCALAR else scale[None, :]) * _LOG2_E)
+        p = tl.where(taken, tl.exp2(z - shift[None, :]), 0.0)
         g += p * weight[None, :]
         if DOTS:
             dots = tl.sum(tl.where(taken, p * c, 0.0), 0)
@@ -289,7 +299,7 @@ def _grad_piece(
 @triton.jit(do_not_specialize=["row_count", "col_count", "row_begin", "col_begin"])
 def _grad_tile_kernel(
     x, y, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids,
-    row_shift, row_weight, col_shift, col_weight, magnifier,
+    row_shift, row_inverse, row_upstream, col_shift, col_inverse, col_upstream, magnifier,
     panel,  # (rows, columns)
     row_dots, col_dots,  # (pieces of columns, rows), (row tiles, columns)
     row_count, col_count, row_begin, col_begin, width, x_stride, y_stride, panel_stride,
@@ -319,54 +329,14 @@ def _grad_tile_kernel(
             x, y, rows, cols, row_count, col_count, x_stride, y_stride, width,
             EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if PIECES == 1:
+        pieces = _pieces(c, BLOCK_M, BLOCK_N, PIECES)
+        for p in tl.static_range(PIECES):
             _grad_piece(
-                c, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-        elif PIECES == 2:
-            c0, c1 = _halves(c, BLOCK_M, BLOCK_N)
-            _grad_piece(
-                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-            _grad_piece(
-                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 1, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-        else:
-            c0, c2 = _halves(c, BLOCK_M, BLOCK_N)
-            c0, c1 = _halves(c0, BLOCK_M, BLOCK_N // 2)
-            c2, c3 = _halves(c2, BLOCK_M, BLOCK_N // 2)
-            _grad_piece(
-                c0, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 0 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 0, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-            _grad_piece(
-                c1, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 1 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 1, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-            _grad_piece(
-                c2, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 2 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 2, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
-            )  # fmt: skip
-            _grad_piece(
-                c3, row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_weight, col_shift,
-                col_weight, magnifier, panel, row_dots, col_dots, rows, col_tile * BLOCK_N + 3 * W + tl.arange(0, W),
-                row_count, col_count, row_begin, col_begin, panel_stride, row_tile, first + 3, NORMALIZE, ROWS, COLUMNS,
-                DOTS, ROW_SCALAR, COL_SCALAR, DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
+                pieces[p], row_factor, col_factor, row_scale, col_scale, row_ids, col_ids, row_shift, row_inverse,
+                row_upstream, col_shift, col_inverse, col_upstream, magnifier, panel, row_dots, col_dots,
+                rows, col_tile * BLOCK_N + p * W + tl.arange(0, W), row_count, col_count, row_begin, col_begin,
+                panel_stride, row_tile, first + p, NORMALIZE, ROWS, COLUMNS, DOTS, ROW_SCALAR, COL_SCALAR,
+                DROP_DIAGONAL, UPPER, IDS, BLOCK_M, W,
             )  # fmt: skip
 
 
@@ -474,7 +444,7 @@ _TILES_32 = {
     "sm_80": Config((64, 64, 32, 2), 8, 3),
     "sm_86": Config((64, 64, 32, 2), 8, 2),
     "sm_90": Config((64, 64, 32, 1), 8, 3),
-    "sm_100": Config((64, 64, 32, 1), 8, 3),
+    "sm_100": Config((64, 64, 32, 2), 8, 3),
     "gfx942": Config((64, 64, 16, 1), 8, 2),
     "interpreter": Config((32, 32, 16, 4)),
 }
@@ -569,11 +539,67 @@ class _Rows:
         return self._held[1]
 
 
-def _fold(partials: Tensor, state: Softmax) -> None:
-    count = len(state.max)
-    _fold_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
-        partials, state.max, state.sum, count, len(partials), BLOCK=_FOLD_BLOCK
-    )
+@dataclass
+class _Statistics:
+    """One direction of the forward pass: the scale, the online maximum and sum, and what comes of them."""
+
+    scale: Tensor  # () or (n,)
+    state: Tensor  # (2, n)
+    lse: Tensor  # (n,)
+    stats: Tensor  # (2, n): the shift, and one over the sum of 2^(z - shift), 0 where all pairs are left out
+
+    @classmethod
+    def start(cls, scale: Tensor, n: int) -> _Statistics:
+        return cls(scale.contiguous(), scale.new_empty((2, n)), scale.new_empty((n,)), scale.new_empty((2, n)))
+
+    def __getitem__(self, part: slice) -> _Statistics:
+        return _Statistics(per_row(self.scale, part), self.state[:, part], self.lse[part], self.stats[:, part])
+
+    def fold(self, partials: Tensor, first: bool = False, last: bool = False) -> None:
+        if count := len(self.lse):
+            _fold_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
+                partials, *self.state, self.lse, *self.stats, count, len(partials),
+                FIRST=first, LAST=last, BLOCK=_FOLD_BLOCK,
+            )  # fmt: skip
+
+    def begin(self) -> None:
+        self.fold(self.state[:0], first=True)
+
+    def end(self) -> None:
+        self.fold(self.state[:0], last=True)
+
+
+@dataclass
+class _Direction:
+    """One direction of the backward pass; gradients of its scale where `scale_grad` has room for them."""
+
+    scale: Tensor  # () or (n,)
+    stats: Tensor  # (2, n)
+    upstream: Tensor  # (n,)
+    scale_grad: Tensor  # (n,) or (0,)
+
+    @classmethod
+    def start(cls, scale: Tensor, stats: Tensor, upstream: Tensor, need_scale: bool) -> _Direction:
+        room = upstream.new_zeros((len(upstream) if need_scale else 0,))
+        return cls(scale.contiguous(), stats, upstream.contiguous(), room)
+
+    def __getitem__(self, part: slice) -> _Direction:
+        room = self.scale_grad[part] if len(self.scale_grad) else self.scale_grad
+        return _Direction(per_row(self.scale, part), self.stats[:, part], self.upstream[part], room)
+
+    def without_scale(self) -> _Direction:
+        return _Direction(self.scale, self.stats, self.upstream, self.scale_grad[:0])
+
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.scale, self.stats[0], self.stats[1], self.upstream
+
+    def add(self, partials: Tensor) -> None:
+        """The partial sums (tiles, n) of 2^(z - shift) c."""
+        if count := len(self.scale_grad):
+            _scale_grad_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
+                partials, self.upstream, self.stats[1], self.scale_grad, count, len(partials),
+                BLOCK=_FOLD_BLOCK,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -614,38 +640,55 @@ def _slots(rows: int, cols: int, config: Config) -> tuple[int, int]:
     return triton.cdiv(rows, m), triton.cdiv(cols, n) * pieces
 
 
-def _lse_panel(left: _Rows, right: _Rows, i: slice, j: slice, row: Softmax, col: Softmax | None, pairs: _Pairs) -> None:
-    """Adds the similarities of the rows i and j to the states."""
+def _lse_panel(
+    left: _Rows, right: _Rows, i: slice, j: slice, row: _Statistics, col: _Statistics | None, pairs: _Pairs
+) -> tuple[Tensor, Tensor]:
+    """Partial statistics of the rows i, (pieces, 2, rows), and of the columns j, from their similarities."""
     x, y = left[i], right[j]
     m, n = len(x), len(y)
     ids, mask = pairs.arguments(i, j, row.scale)
-    row_state, col_state = row[i], row[i] if col is None else col[j]
+    row_scale = per_row(row.scale, i)
+    col_scale = row_scale if col is None else per_row(col.scale, j)
     found: list[Tensor] = []
 
     def launch(config: Config) -> None:
         tiles = _slots(m, n, config)
         found[:] = (
-            row.max.new_empty((tiles[1], 2, m)),
-            row.max.new_empty((tiles[0] if col is not None else 0, 2, n)),
+            row.lse.new_empty((tiles[1], 2, m)),
+            row.lse.new_empty((tiles[0] if col is not None else 0, 2, n)),
         )
         _launched(
             _lse_tile_kernel, m, n, config,
-            x, y, left.factor_of(i), right.factor_of(j), row_state.scale, col_state.scale, *ids, *found,
+            x, y, left.factor_of(i), right.factor_of(j), row_scale, col_scale, *ids, *found,
             m, n, i.start, j.start, x.shape[1], x.stride(0), y.stride(0),
-            NORMALIZE=left.normalize, COLUMNS=col is not None, ROW_SCALAR=row_state.scale.dim() == 0,
-            COL_SCALAR=col_state.scale.dim() == 0, **mask, **_common(x, config.blocks[2]),
+            NORMALIZE=left.normalize, COLUMNS=col is not None, ROW_SCALAR=row_scale.dim() == 0,
+            COL_SCALAR=col_scale.dim() == 0, **mask, **_common(x, config.blocks[2]),
         )  # fmt: skip
 
     launch(_tile_config("lse", x, y, mask["UPPER"], launch))
-    _fold(found[0], row_state)
-    if col is not None:
-        _fold(found[1], col_state)
+    return found[0], found[1]
 
 
-def _lse_sweep(left: _Rows, right: _Rows, row: Softmax, col: Softmax | None, pairs: _Pairs) -> None:
-    for i in blocks(len(left), PANEL_ROWS):
-        for j in blocks(len(right), PANEL_COLS, i.start if pairs.upper else 0):
-            _lse_panel(left, right, i, j, row, col, pairs)
+def _lse_sweep(left: _Rows, right: _Rows, row: _Statistics, col: _Statistics | None, pairs: _Pairs) -> None:
+    """Fills the statistics. Of a self-similarity `row` is `col`."""
+    m, n = len(left), len(right)
+    if 0 < m <= PANEL_ROWS and 0 < n <= PANEL_COLS:  # one panel: nothing is launched but it and the folds
+        of_rows, of_cols = _lse_panel(left, right, slice(0, m), slice(0, n), row, col, pairs)
+        row.fold(of_rows, first=True, last=row is not col)
+        if col is not None:
+            col.fold(of_cols, first=row is not col, last=True)
+        return
+    states = [s for s in (row, None if row is col else col) if s is not None]
+    for state in states:
+        state.begin()
+    for i in blocks(m, PANEL_ROWS):
+        for j in blocks(n, PANEL_COLS, i.start if pairs.upper else 0):
+            of_rows, of_cols = _lse_panel(left, right, i, j, row, col, pairs)
+            row[i].fold(of_rows)
+            if col is not None:
+                col[j].fold(of_cols)
+    for state in states:
+        state.end()
 
 
 def _diagonal(left: _Rows, right: _Rows) -> Tensor:
@@ -678,16 +721,22 @@ class _Backward:
     """What all panels of a backward pass share."""
 
     def __init__(
-        self, left: _Rows, right: _Rows, row: Gradient | None, col: Gradient | None, pairs: _Pairs, magnifier: Tensor
+        self,
+        left: _Rows,
+        right: _Rows,
+        row: _Direction | None,
+        col: _Direction | None,
+        pairs: _Pairs,
+        magnifier: Tensor,
     ) -> None:
         self.left, self.right, self.row, self.col, self.pairs, self.magnifier = left, right, row, col, pairs, magnifier
-        self.dots = any(d is not None and d.dot is not None for d in (row, col))
+        self.dots = any(d is not None and len(d.scale_grad) for d in (row, col))
         self.nothing = torch.empty((0,), dtype=torch.float32, device=left.x.device)
         rows, cols = min(len(left), PANEL_ROWS), min(len(right), PANEL_COLS)
         self.scratch = torch.empty((rows * cols,), dtype=left.x.dtype, device=left.x.device)
 
     def panel(self, i: slice, j: slice) -> Tensor:
-        """(rows, columns): G; also adds to the dots."""
+        """(rows, columns): G; also adds to the gradients of the scales."""
         x, y = self.left[i], self.right[j]
         m, n = len(x), len(y)
         panel = self.scratch[: m * n].view(m, n)
@@ -713,8 +762,8 @@ class _Backward:
 
         launch(_tile_config("grad", x, y, mask["UPPER"], launch))
         for direction, partials in zip((row, col), found, strict=True):
-            if direction is not None and direction.dot is not None:
-                direction.dot.add_(partials.sum(0))
+            if direction is not None:
+                direction.add(partials)
         return panel
 
     def finish(
@@ -738,8 +787,8 @@ class _Backward:
                 )  # fmt: skip
 
 
-def _vectors(direction: Gradient | None, dummy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (dummy, dummy, dummy) if direction is None else (direction.scale, direction.shift, direction.weight)
+def _vectors(direction: _Direction | None, dummy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (dummy,) * 4 if direction is None else direction.vectors()
 
 
 def _sums(rows: int, width: int, like: Tensor) -> Tensor:
@@ -830,16 +879,17 @@ def similarity_lse_fwd(
         raise RuntimeError("fastloss: backend 'triton' keeps no similarities for the backward pass")
     left, right = _Rows(q, normalize), _Rows(k, normalize)
     row, col = _lse(left, right, row_scale, col_scale, _Pairs(q_ids, k_ids, drop_diagonal))
+    diagonal, nothing = _diagonal(left, right), row.lse.new_empty((0,))
     if col is None:
-        col = Softmax.start(row_scale.new_empty((0,)), 0)
-    return row.lse(), col.lse(), _diagonal(left, right), row.stats(), col.stats(), row.max.new_empty((0,))
+        return row.lse, nothing, diagonal, row.stats, row.stats.new_empty((2, 0)), nothing.clone()
+    return row.lse, col.lse, diagonal, row.stats, col.stats, nothing
 
 
 def _lse(
     left: _Rows, right: _Rows, row_scale: Tensor, col_scale: Tensor | None, pairs: _Pairs
-) -> tuple[Softmax, Softmax | None]:
-    row = Softmax.start(row_scale, len(left))
-    col = None if col_scale is None else Softmax.start(col_scale, len(right))
+) -> tuple[_Statistics, _Statistics | None]:
+    row = _Statistics.start(row_scale, len(left))
+    col = None if col_scale is None else _Statistics.start(col_scale, len(right))
     _lse_sweep(left, right, row, col, pairs)
     return row, col
 
@@ -890,7 +940,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Fills both gradients; returns those of the scales per row and per column, (0,) for what is not wanted."""
     magnifier = _magnifier(left.x.dtype, *(scale * upstream for scale, _, upstream in directions))
-    row, col = ([Gradient.start(*d, need_scale) for d in directions] + [None])[:2]
+    row, col = ([_Direction.start(*d, need_scale) for d in directions] + [None])[:2]
     need_left, need_right = left_out.dim() == 2, right_out.dim() == 2
     fits = right.x.numel() * 4 <= ACCUMULATOR_BYTES
     if need_left or need_scale or fits:
@@ -901,20 +951,18 @@ def _gradients(
             right_out if need_right and fits else None,
         )
     if need_right and not fits:
-        new_row, new_col = (None if d is None else Gradient(d.scale, d.shift, d.weight, None) for d in (col, row))
+        new_row, new_col = (None if d is None else d.without_scale() for d in (col, row))
         _gradient_sweep(_Backward(right, left, new_row, new_col, pairs.swapped(), magnifier), diagonal, right_out, None)
-    results = [d.scale_grad(upstream, stats) for d, (_, stats, upstream) in zip((row, col), directions, strict=False)
-               if d is not None and need_scale]  # fmt: skip
     nothing = magnifier.new_empty((0,))
-    first, second = [*results, nothing, nothing][:2]
+    first, second = (nothing if d is None else d.scale_grad for d in (row, col))
     return first, second
 
 
 @_portable_float64
 def self_similarity_lse_fwd(x: Tensor, scale: Tensor, ids: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor]:
-    rows, state = _Rows(x, normalize), Softmax.start(scale, len(x))
+    rows, state = _Rows(x, normalize), _Statistics.start(scale, len(x))
     _lse_sweep(rows, _Rows(x, normalize), state, state, _Pairs(ids, ids, True, upper=True))
-    return state.lse(), state.stats()
+    return state.lse, state.stats
 
 
 @_portable_float64
@@ -930,7 +978,7 @@ def self_similarity_lse_bwd(
 ) -> tuple[Tensor, Tensor]:
     rows = _Rows(x, normalize)
     magnifier = _magnifier(x.dtype, 2 * scale * grad)
-    state = Gradient.start(scale, stats, grad, need_scale)
+    state = _Direction.start(scale, stats, grad, need_scale)
     out = _empty_gradient(x, need_x, x.dtype)
     # One more object of the same rows: its blocks are held beside those of the first.
     others = _Rows(x, normalize)
@@ -943,10 +991,9 @@ def self_similarity_lse_bwd(
                 for j in blocks(len(x), PANEL_COLS, i.start):
                     work.panel(i, j)
     else:
-        col = state.without_dot()
-        work = _Backward(rows, others, state, col, _Pairs(ids, ids, True), magnifier)
+        work = _Backward(rows, others, state, state.without_scale(), _Pairs(ids, ids, True), magnifier)
         _gradient_sweep(work, None, out if need_x else None, None)
-    return out, state.scale_grad(grad, stats) if need_scale else stats.new_empty((0,))
+    return out, state.scale_grad
 
 
 @_portable_float64
@@ -968,12 +1015,12 @@ def pair_nll_fwd(
     states = [s for s in _lse(left, right, scale, scale if symmetric else None, pairs) if s is not None]
     diagonal = _diagonal(left, right)
     positive = scale * diagonal
-    margins = [state.lse().sub_(positive) for state in states]
+    margins = [state.lse.sub_(positive) for state in states]
     total = torch.stack([torch.nn.functional.softplus(margin, threshold=40).sum() for margin in margins]).mean()
     upstreams = [margin.sigmoid().mul_(1 / len(margins)) for margin in margins]
     slope = torch.stack(upstreams).sum(0)
     grad_q, grad_k = _empty_gradient(q, need_q, torch.float32), _empty_gradient(k, need_k, torch.float32)
-    directions = [(scale, state.stats(), upstream) for state, upstream in zip(states, upstreams, strict=True)]
+    directions = [(scale, state.stats, upstream) for state, upstream in zip(states, upstreams, strict=True)]
     per_row, per_col = _gradients(left, right, directions, -slope * scale, pairs, grad_q, grad_k, need_scale)
     if need_scale:
         per_row = (per_row + per_col if symmetric else per_row) - slope * diagonal
@@ -1003,8 +1050,15 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
                 for config, note in configs.items():
                     found.append(_tile_specimen(kernel, dtype, mirrored, config, note, target))
         found += _row_specimens(dtype)
-    fold = {"partials": "*fp32", "state_max": "*fp32", "state_sum": "*fp32", "count": "i32", "tiles": "i32"}
-    return [*found, Specimen("fold", _fold_kernel, fold, {"BLOCK": _FOLD_BLOCK}, Config((_FOLD_BLOCK,)))]
+    counts, block = {"count": "i32", "tiles": "i32"}, {"BLOCK": _FOLD_BLOCK}
+    fold = counts | dict.fromkeys(("partials", "state_max", "state_sum", "lse", "shift", "inverse"), "*fp32")
+    scale = counts | dict.fromkeys(("partials", "upstream", "inverse", "out"), "*fp32")
+    flags, config = block | {"FIRST": True, "LAST": True}, Config((_FOLD_BLOCK,))
+    return [
+        *found,
+        Specimen("fold", _fold_kernel, fold, flags, config),
+        Specimen("scale gradient", _scale_grad_kernel, scale, block, config),
+    ]
 
 
 def _tile_specimen(kernel: str, dtype: torch.dtype, mirrored: bool, config: Config, note: str, target: str) -> Specimen:
@@ -1025,7 +1079,7 @@ def _tile_specimen(kernel: str, dtype: torch.dtype, mirrored: bool, config: Conf
     if kernel == "lse":
         types |= dict.fromkeys(("row_partials", "col_partials"), "*fp32")
         return Specimen(title, _lse_tile_kernel, types, constants, config, _WIDTHS, True)
-    vectors = ("row_shift", "row_weight", "col_shift", "col_weight", "magnifier", "row_dots", "col_dots")
+    vectors = [f"{d}_{v}" for d in ("row", "col") for v in ("shift", "inverse", "upstream", "dots")] + ["magnifier"]
     types |= dict.fromkeys(vectors, "*fp32") | {"panel": pointer, "panel_stride": "i32"}
     constants |= {"ROWS": True, "DOTS": True}
     return Specimen(title, _grad_tile_kernel, types, constants, config, _WIDTHS | {"panel", "panel_stride"}, True)

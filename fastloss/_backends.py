@@ -156,4 +156,9 @@ def implementation(family: str, device: torch.device) -> ModuleType:
         if _forced == TRITON:
             raise RuntimeError(f"use_backend: the {family} ops have no Triton kernels")
         name = PORTABLE
-    return importlib.import_module(f"fastloss.{family}.{name}")
+    return _module(family, name)
+
+
+@functools.cache
+def _module(family: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"fastloss.{family}.{backend}")

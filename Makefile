@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 REPORTS ?= reports
 
-.PHONY: setup bench bench-full bench-pytest test stress lint format clean
+.PHONY: setup bench bench-full bench-pytest test stress kernels gpu lint format clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,23 @@ bench-full: setup
 
 bench-pytest: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# What the Triton kernels need on every chip, candidates of the tuning included. Needs no GPU.
+kernels: setup
+	$(BIN)/python -m fastloss.kernels --all --output $(REPORTS)
+
+# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. Under ten minutes.
+# Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
+GPU_PYTEST = $(PYTHON) -m pytest -q -W default
+GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py
+gpu:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PYTHON) -m fastloss info
+	$(GPU_PYTEST) $(GPU_SPREAD) $(GPU_TESTS)
+	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
+	  $(GPU_PYTEST) tests/contrastive/triton_values.py -k "columns_at_every_edge"; fi
+	$(PYTHON) -m fastloss bench --device cuda --output $(REPORTS)
 
 test: lint
 	$(BIN)/python -m pytest

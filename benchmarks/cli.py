@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import SUITES, report
+from . import SUITES, gpu, report
 from .harness import Settings, run
 
 
@@ -79,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--providers", metavar="A,B", type=_names("provider", _providers), help="only these providers and the baseline"
     )
     parser.add_argument("--seed", type=_integer(0), default=0, help="of the inputs (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=None,
+        help="the GPU's cases, timed by its clock, in gpu.json and gpu.md; on the cpu only with --smoke",
+    )
     parser.add_argument("--threads", type=_integer(1), default=None, help="default: torch.get_num_threads()")
     parser.add_argument(
         "--output",
@@ -103,6 +109,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.list:
         list_everything()
         return 0
+    if arguments.device is not None:
+        return _on_device(arguments)
     try:
         import matplotlib  # noqa: F401 - a missing one must be known before minutes of measuring
         import rich  # noqa: F401
@@ -127,6 +135,17 @@ def main(arguments: argparse.Namespace) -> int:
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _on_device(arguments: argparse.Namespace) -> int:
+    smoke = arguments.mode == "smoke"
+    if arguments.device == "cpu" and not smoke:
+        print("fastloss bench: --device cpu needs --smoke; without --device the CPU's own cases run", file=sys.stderr)
+        return 2
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("fastloss bench: --device cuda: PyTorch sees no CUDA or ROCm device", file=sys.stderr)
+        return 2
+    return gpu.main(arguments.device, smoke, arguments.seed, Path(arguments.output))
 
 
 def _run_with_progress(settings: Settings) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def _linear_cross_entropy(chunked: bool) -> Mapping[str, Callable[[], Loss]]:
         loss, options = stock()
 
         def run(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-            target = torch.arange(len(image))
+            target = torch.arange(len(image), device=image.device)
             forward = loss(scale * image, text, target, **options)
             return (forward + loss(scale * text, image, target, **options)) / 2
 
@@ -145,7 +145,7 @@ def _linear_cross_entropy(chunked: bool) -> Mapping[str, Callable[[], Loss]]:
 
         def run(query: Tensor, key: Tensor) -> Tensor:
             query, key = F.normalize(query, dim=1) / TEMPERATURE, F.normalize(key, dim=1)
-            return loss(query, key, torch.arange(len(query)), **options)
+            return loss(query, key, torch.arange(len(query), device=query.device), **options)
 
         return run
 

@@ -21,8 +21,8 @@ from .harness import Case, Formula, Inputs, Loss, Provider, Schedule, Sizes, Sui
 FAMILY = "spherical"
 
 
-def _target(rows: int, classes: int) -> Tensor:
-    return torch.arange(rows) * 997 % classes
+def _target(rows: int, classes: int, device: torch.device | None = None) -> Tensor:
+    return torch.arange(rows, device=device) * 997 % classes
 
 
 # ---------------------------------------------------------------- inputs
@@ -68,7 +68,7 @@ def matrices(count: float) -> Formula:
 
 
 def _eager(logits: Tensor) -> Tensor:
-    target = _target(*logits.shape)
+    target = _target(len(logits), logits.shape[1], logits.device)
     mean, deviation = logits.mean(1), logits.std(1, correction=0)
     z = (logits.gather(1, target[:, None]).squeeze(1) - mean) / (deviation + 1e-12)
     return F.softplus(-z).mean()
@@ -80,22 +80,26 @@ EAGER: Mapping[str, Loss] = {
 }
 
 TRUTH: Mapping[str, Loss] = {
-    "z_loss": lambda logits: reference.z_loss(logits, _target(*logits.shape)),
-    "linear_z_loss": lambda hidden, weight: reference.linear_z_loss(hidden, weight, _target(len(hidden), len(weight))),
+    "z_loss": lambda logits: reference.z_loss(logits, _target(len(logits), logits.shape[1], logits.device)),
+    "linear_z_loss": lambda hidden, weight: reference.linear_z_loss(
+        hidden, weight, _target(len(hidden), len(weight), hidden.device)
+    ),
 }
 
 
 def _z_loss(logits: Tensor) -> Tensor:
-    return fastloss.z_loss(logits, _target(*logits.shape))
+    return fastloss.z_loss(logits, _target(len(logits), logits.shape[1], logits.device))
 
 
 def _linear_z_loss(hidden: Tensor, weight: Tensor) -> Tensor:
-    return fastloss.linear_z_loss(hidden, weight, _target(len(hidden), len(weight)))
+    return fastloss.linear_z_loss(hidden, weight, _target(len(hidden), len(weight), hidden.device))
 
 
 def _in_place(logits: Tensor) -> Tensor:
     # The logits of a case are leaves and wanted again: the loss gets a copy, which counts in its time.
-    return fastloss.z_loss(logits * 1, _target(*logits.shape), gradient_overwrites_logits=True)
+    return fastloss.z_loss(
+        logits * 1, _target(len(logits), logits.shape[1], logits.device), gradient_overwrites_logits=True
+    )
 
 
 def _fastloss(name: str, description: str, backend: str, losses: Mapping[str, Loss], full_only: bool) -> Provider:

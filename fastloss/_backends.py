@@ -11,16 +11,20 @@ import functools
 import importlib
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch  # first: its OpenMP runtime must be the one that fastloss._C binds to
 
-__all__ = ["backends", "implementation", "native_core", "use_backend"]
+__all__ = ["backend_of", "backends", "implementation", "native_core", "use_backend"]
 
-PORTABLE, NATIVE = "portable", "native"
-_PREFERRED = {"cpu": NATIVE}  # device type -> backend; every other device runs the portable one
+PORTABLE, NATIVE, TRITON = "portable", "native", "triton"
+TRITON_VERSION = (3, 6)
+TRITON_FAMILIES = ("contrastive", "spherical")  # the others run portable kernels beside it
+CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
+HIP_CARDS = ("gfx90a", "gfx942", "gfx950")
 
 _core: Any = None
 _native_status: str
@@ -38,6 +42,8 @@ except ImportError as error:
     _native_status = f"not available: fastloss._C does not load on this {platform.machine()} machine ({error})"
 
 _forced: str | None = None
+# Device type -> backend, filled at first use: finding out imports Triton and asks the driver.
+_preferred = {"cpu": PORTABLE if _core is None else NATIVE}
 
 
 def native_core() -> Any:
@@ -47,17 +53,48 @@ def native_core() -> Any:
     return _core
 
 
+@functools.cache
+def _triton_status() -> str:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # All questions to the driver first: Triton costs a tenth of a second to import.
+    if not interpreted:
+        if not torch.cuda.is_available():
+            return "not available: PyTorch sees no CUDA or ROCm device"
+        for index in range(torch.cuda.device_count()):
+            if problem := _card_problem(index):
+                return f"not available: {problem}"
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"not available: Triton does not import ({error})"
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_VERSION:
+        return f"not available: Triton is {version}, the kernels need {'.'.join(map(str, TRITON_VERSION))} or later"
+    where = "interpreted on the CPU" if interpreted else "CUDA and ROCm devices"
+    return f"available (Triton {version}, {where}; {', '.join(TRITON_FAMILIES)}, the other families run portable)"
+
+
+def _card_problem(index: int) -> str | None:
+    name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        chip = str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+        return None if chip in HIP_CARDS else f"{name} is {chip}, the kernels need one of {', '.join(HIP_CARDS)}"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < CAPABILITY:
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or later"
+    return None
+
+
 def backends() -> dict[str, str]:
     """What is loaded, and why the rest is not.
 
     Returns:
-        One entry a backend, in order of preference: ``"available (...)"`` or ``"not available: reason"``.
+        One entry a backend: ``"available (...)"`` or ``"not available: reason"``.
 
     Example:
         >>> sorted(fastloss.backends())
-        ['native', 'portable']
+        ['native', 'portable', 'triton']
     """
-    return {NATIVE: _native_status, PORTABLE: "available (tiled PyTorch, any device)"}
+    return {NATIVE: _native_status, TRITON: _triton_status(), PORTABLE: "available (tiled PyTorch, any device)"}
 
 
 @contextlib.contextmanager
@@ -86,15 +123,39 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(device_type: str) -> str:
+    name = PORTABLE
+    if device_type == "cuda":
+        status = _triton_status()
+        if status.startswith("available"):
+            name = TRITON
+        else:
+            warnings.warn(
+                f"fastloss: CUDA tensors run on the portable backend; backend 'triton' is {status}", stacklevel=2
+            )
+    _preferred[device_type] = name
+    return name
+
+
+def backend_of(device: torch.device) -> str:
+    """The name of the backend that runs the ops of tensors on `device`."""
+    if _forced is not None:
+        return _forced
+    return _preferred.get(device.type) or _choose(device.type)
+
+
 def implementation(family: str, device: torch.device) -> ModuleType:
     """The module with the kernels of `family` for tensors on `device`."""
-    name = _forced
-    if name is None:
-        name = _PREFERRED.get(device.type, PORTABLE)
-        if name == NATIVE and _core is None:
-            name = PORTABLE
-    elif name == NATIVE and device.type != "cpu":
+    name = backend_of(device)
+    if name == NATIVE and device.type != "cpu":
         raise RuntimeError(f"use_backend: backend 'native' serves CPU tensors only, got a tensor on {device}")
+    if name == TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"use_backend: backend 'triton' serves CUDA tensors only, got a tensor on {device}")
+    if name == TRITON and family not in TRITON_FAMILIES:
+        if _forced == TRITON:
+            raise RuntimeError(f"use_backend: the {family} ops have no Triton kernels")
+        name = PORTABLE
     return _module(family, name)
 
 

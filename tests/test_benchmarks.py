@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastloss.benchmarks import SUITES, factored_step, harness, report
+from fastloss.benchmarks import SUITES, factored_step, gpu, harness, report, roofline
 from fastloss.benchmarks.harness import LEFT_TO_FULL, Formula, Provider, Runner, Schedule, Settings, Unavailable
 
 import fastloss
@@ -368,3 +368,60 @@ def test_towers_train_alone_and_in_two_processes(start):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 process: loss" in run.stdout
     assert ("largest relative difference of the curves" in run.stdout) == bool(start)
+
+
+def test_gpu_benchmark_runs_on_the_cpu_at_tiny_sizes(tmp_path):
+    command = [sys.executable, "-m", "fastloss", "bench", "--device", "cpu", "--smoke", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["card"] == {"name": "cpu"}
+    assert [row["case"] for row in report["rows"] if row["provider"] == "fastloss"] == [
+        item.case.name for item in gpu.CASES
+    ]
+    for row in report["rows"]:
+        assert row["status"] in ("ok", "not available"), row
+        if row["status"] == "ok":
+            assert row["mm_share"] == pytest.approx(row["tflops"] / report["peaks"]["used"][row["dtype"]])
+            assert (row["copy_share"] is None) == (row["op"] != "z_loss")
+        assert f"| {row['case']} | {row['provider']} |" in (tmp_path / "gpu.md").read_text()
+    assert {row["provider"] for row in report["rows"] if row["status"] == "ok"} >= {"fastloss", "eager"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "--device cpu needs --smoke"),
+        (["--device", "cuda"], "PyTorch sees no CUDA or ROCm device"),
+    ],
+)
+def test_gpu_benchmark_says_why_it_does_not_run(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_roofline_is_what_the_script_writes_of_the_schedule():
+    assert roofline.SHEET.read_text() == roofline.sheet()
+    kernels = pytest.importorskip("fastloss.contrastive.triton", reason="the schedule is Triton's")
+    for name in ("PANEL_ROWS", "PANEL_COLS", "ACCUMULATOR_BYTES"):
+        assert getattr(roofline, name) == getattr(kernels, name)
+
+
+def test_a_rival_that_fails_or_does_not_fit_is_named(monkeypatch):
+    device = torch.device("cpu")
+    item = gpu.CASES[0]
+    case = gpu.moved(item.case.smoke(), device)
+
+    def broken(*_):
+        raise RuntimeError("out of luck\nand more")
+
+    rivals = [
+        Provider("broken", "", {"clip_loss": lambda: broken}),
+        Provider("huge", "", PROVIDERS["eager"].losses, {"clip_loss": Formula("all", lambda sizes: 64 << 30)}),
+    ]
+    monkeypatch.setattr(gpu, "providers", lambda *_: rivals)
+    rows = {row["provider"]: row for row in gpu._run_case(item, case, SUITE, device, 0)}
+    assert (rows["broken"]["status"], rows["broken"]["detail"]) == ("failed", "RuntimeError: out of luck")
+    assert rows["huge"]["status"] == "not available"
+    assert rows["huge"]["detail"].startswith("needs 64 GiB")

@@ -186,7 +186,7 @@ def run_case(case: Case, group: Any) -> dict[str, Tensor]:
     fixed = {name: of_rank(case, rank, x) for name, x in fixed.items()}
     with pytest.MonkeyPatch.context() as patch:
         if case.keep is not None:
-            patch.setattr(fastloss.contrastive.distributed, "KEEP_BYTES", case.keep)
+            patch.setattr(fastloss.contrastive.ops, "KEEP_BYTES", case.keep)
         loss = getattr(fastloss, case.function)(**leaves, **fixed, **options, group=group, schedule=case.schedule)
     loss.backward(own_upstream(case, rank).to(loss.dtype))
     return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.requires_grad}}

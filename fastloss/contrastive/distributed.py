@@ -26,7 +26,7 @@ from torch import Tensor
 from fastloss._distributed import World, eager
 from fastloss._ops import accumulation_dtype, needs_grad, once
 from fastloss.contrastive import ops
-from fastloss.contrastive.tiles import KEEP_BYTES, Softmax
+from fastloss.contrastive.tiles import Softmax
 
 
 @eager
@@ -72,7 +72,7 @@ class _SimilarityLse(torch.autograd.Function):
         q_ids: Tensor | None, k_ids: Tensor | None, normalize: bool, grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         left = q.to(accumulation_dtype(q.dtype))
-        keep = _Budget(len(q) * sum(world.rows), left.dtype, grad)
+        keep = _Budget(len(q) * sum(world.rows), left, grad)
         tour = world.tour(world.size - 1, _merge)
         row, col = _nothing(len(q), row_scale), _nothing(0 if col_scale is None else len(k), row_scale)
         kept: list[Tensor] = []
@@ -166,7 +166,7 @@ class _SelfSimilarityLse(torch.autograd.Function):
         left = x.to(accumulation_dtype(x.dtype))
         hops = world.size // 2
         shares = [_share(world, (world.rank + hop) % world.size) for hop in range(1, hops + 1)]
-        keep = _Budget(sum(_length(r) * _length(c) for r, c in shares), left.dtype, grad)
+        keep = _Budget(sum(_length(r) * _length(c) for r, c in shares), left, grad)
         tour = world.tour(hops, _merge)
         state = _nothing(len(x), scale)
         kept: list[Tensor] = []
@@ -249,11 +249,10 @@ def _self_backward(
 
 
 class _Budget:
-    """How many similarities a block keeps for the backward pass: the rule of `ops.similarity_lse` for all blocks."""
+    """How many similarities a block keeps for the backward pass, of those that all blocks together may keep."""
 
-    def __init__(self, pairs: int, dtype: torch.dtype, grad: bool) -> None:
-        most = KEEP_BYTES // dtype.itemsize
-        self.left = most if grad and pairs <= 2 * most else 0
+    def __init__(self, pairs: int, x: Tensor, grad: bool) -> None:
+        self.left = ops.kept(pairs, x) if grad else 0
 
     def __call__(self, pairs: int) -> int:
         taken = min(pairs, self.left)

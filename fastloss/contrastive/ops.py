@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._ops import LIBRARY, batch, define, distinct, needs_grad, once, runner, save_unseen
+from fastloss._backends import TRITON, backend_of
+from fastloss._ops import LIBRARY, accumulation_dtype, batch, define, distinct, needs_grad, once, runner, save_unseen
 from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES, margin
 
 _SCHEMAS = {
@@ -223,15 +224,22 @@ def similarity_lse(
     drop_diagonal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row_lse (M,), col_lse (N,) or (0,), c_ii (min(M, N),)) in the accumulation dtype; see the module's docstring."""
-    size = 8 if q.dtype == torch.float64 else 4
     grad = any(needs_grad(q, k, row_scale, col_scale))
-    pairs = q.shape[0] * k.shape[0]
-    keep = torch.sym_min(pairs, KEEP_BYTES // size) if grad and pairs * size <= 2 * KEEP_BYTES else 0
+    keep = kept(q.shape[0] * k.shape[0], q) if grad else 0
     k, col_scale, k_ids = distinct(k, q), distinct(col_scale, row_scale), distinct(k_ids, q_ids)
     row_lse, col_lse, diagonal, *_ = runner(_SimilarityLse, grad)(
         q, k, row_scale, col_scale, q_ids, k_ids, normalize, drop_diagonal, keep
     )
     return row_lse, col_lse, diagonal
+
+
+def kept(pairs: int, like: Tensor) -> int:
+    """How many similarities the backward pass does not compute again."""
+    if backend_of(like.device) == TRITON:
+        return 0  # the matrix units take less time to compute one than memory to write and read it
+    most = KEEP_BYTES // accumulation_dtype(like.dtype).itemsize
+    keep: int = torch.sym_min(pairs, most) if pairs <= 2 * most else 0
+    return keep
 
 
 def pair_nll(

@@ -145,6 +145,12 @@ class Epilogue(Protocol):
         ...
 
 
+def inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows,). A row of exactly zero stays zero and gets no gradient (1 / eps would make it 1e12)."""
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    return torch.where(norm == 0, norm, norm.clamp(min=NORM_EPS).reciprocal())
+
+
 class Side:
     """The rows of one input, cast to the accumulation dtype and normalised: block by block on demand, or held."""
 
@@ -154,9 +160,7 @@ class Side:
         self.direct = not normalize and x.dtype == self.dtype
         self.inverse_norm: Tensor | None = None
         if normalize:
-            norm = torch.linalg.vector_norm(self.x, dim=1, dtype=self.dtype)
-            # A row of exactly zero stays zero and gets no gradient (1 / eps would make it 1e12).
-            self.inverse_norm = torch.where(norm == 0, norm, norm.clamp(min=NORM_EPS).reciprocal()).unsqueeze(1)
+            self.inverse_norm = inverse_norms(self.x, self.dtype).unsqueeze(1)
         hold = hold and x.numel() * self.dtype.itemsize <= HELD_BYTES
         rows = 0 if self.direct else x.shape[0] if hold else min(block, x.shape[0])
         self.scratch = torch.empty((rows, x.shape[1]), dtype=self.dtype, device=x.device)

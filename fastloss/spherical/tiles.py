@@ -23,7 +23,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SCRATCH = 1 << 20  # elements of a tile: 4 MiB of float32
+# Elements of a tile: 4 MiB of float32, which the caches hold. On a GPU launches cost more than a trip through memory.
+SCRATCH = 1 << 20
+GPU_SCRATCH = 1 << 24
 # Rows whose sum of squares is below this share of the bound |T^T T| |h|^2 have lost as many bits to cancellation.
 GRAM_SHARE = 2.0**-8
 # G is symmetric: its strips of rows begin at the diagonal. Four of them do 5/8 of the products.
@@ -34,6 +36,10 @@ NARROWEST_STRIP = 64
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
+
+
+def scratch(device: torch.device) -> int:
+    return SCRATCH if device.type == "cpu" else GPU_SCRATCH
 
 
 def block_rows(columns: int, dtype: torch.dtype) -> int:
@@ -152,7 +158,7 @@ class Classes:
         if center is None:
             # (2, d + 1): the means of the columns and of the bias, and what is left of them.
             center = torch.zeros((2, d + 1), dtype=dtype, device=weight.device)
-            for part in parts(c, max(1, SCRATCH // max(d, 1))):
+            for part in parts(c, max(1, scratch(weight.device) // max(d, 1))):
                 center[0, :d] += weight[part].sum(0, dtype=dtype)
             center[0, :d] /= c
             if bias is not None:
@@ -165,7 +171,8 @@ class Classes:
 
     def tiles(self, columns: int = 0) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(classes, their rows of T, their centred biases); `columns` more numbers a class are the caller's."""
-        size = min(max(64, SCRATCH // max(self.width + columns, 1)), max(self.count, 1))
+        room = scratch(self.weight.device) // max(self.width + columns, 1)
+        size = min(max(64, room), max(self.count, 1))
         buffer = torch.empty((size, self.width), dtype=self.dtype, device=self.weight.device)
         means = self.center[0, : self.width]
         for part in parts(self.count, size):
@@ -250,7 +257,7 @@ def linear_moments_forward(
         return square, square.clone(), centred, logit, direction, new((2, d + 1)).zero_()
     h = hidden.to(dtype)
     classes = Classes(weight, bias, dtype)
-    row_blocks = list(parts(b, max(1, SCRATCH // max(d, 1))))
+    row_blocks = list(parts(b, max(1, scratch(hidden.device) // max(d, 1))))
     if _gram_forward(b, d, need_hidden):
         gram, cross, own = classes.gram()
         largest = torch.linalg.matrix_norm(gram)
@@ -322,7 +329,7 @@ def linear_moments_backward(
     means, (left, left_bias) = center[0, :d], classes.left()
     grad_centred = grad_centred.masked_fill(target < 0, 0)  # without a target both are constant
     factor, spike = 2 * grad_square, (grad_centred + grad_logit).masked_fill(target < 0, 0)
-    row_blocks = list(parts(b, max(1, SCRATCH // max(d, 1))))
+    row_blocks = list(parts(b, max(1, scratch(hidden.device) // max(d, 1))))
     if need_hidden:
         for part in row_blocks:
             t = target[part].clamp(min=0)
@@ -364,7 +371,7 @@ def _class_gradients(
     weighted = torch.mv(h.t(), factor)  # (d,)
     if by_gram:
         moment = h.new_zeros((d, d))
-        for part in parts(b, max(1, SCRATCH // max(d, 1))):
+        for part in parts(b, max(1, scratch(hidden.device) // max(d, 1))):
             moment.addmm_((h[part] * factor[part].unsqueeze(1)).t(), h[part])
         total = factor.sum()
         rows = rows - torch.mv(moment, left) - left_bias * weighted

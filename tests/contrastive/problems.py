@@ -65,6 +65,10 @@ class Problem:
     def with_tensors(self, **tensors: Tensor) -> "Problem":
         return replace(self, tensors={**self.tensors, **tensors})
 
+    def to(self, device: str) -> "Problem":
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return replace(self, tensors={name: x.to(device) for name, x in self.tensors.items()}, options=options)
+
     @property
     def features(self) -> dict[str, Tensor]:
         return {name: x for name, x in self.tensors.items() if name not in SCALES}
@@ -164,7 +168,7 @@ class Result(NamedTuple):
 
 def upstream_of(loss: Tensor) -> Tensor:
     """A gradient of the loss that is neither 1, nor equal for all rows, nor of one sign."""
-    return torch.linspace(1.7, -1.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return torch.linspace(1.7, -1.0, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
 
 
 def evaluate(

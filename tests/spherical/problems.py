@@ -39,9 +39,15 @@ class Problem:
         leaves = {k: cast(v).detach().clone().requires_grad_() for k, v in self.tensors.items()}
         options = {k: cast(v) for k, v in self.options.items()}
         loss: Tensor = getattr(api, self.function)(**leaves, target=self.target, **options)
-        weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
         gradients = torch.autograd.grad((loss * weights).sum(), list(leaves.values()))
         return loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+    def to(self, device: str) -> Problem:
+        def move(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        return replace(self, tensors=move(self.tensors), target=self.target.to(device), options=move(self.options))
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options={**self.options, **options})

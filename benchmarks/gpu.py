@@ -1,0 +1,358 @@
+"""The benchmark on a GPU: ``python -m fastloss bench --device cuda``; on the CPU with ``--smoke`` only, to see it run.
+
+Every time is also given as a share of what this card's own products (`torch.mm` in the case's dtype) and copies reach
+in the same run. Kernels are tuned first. Providers take turns; the checks are those of `harness`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastloss
+
+from . import contrastive, spherical
+from .harness import (
+    GIB,
+    Case,
+    Inputs,
+    Provider,
+    Schedule,
+    Sizes,
+    Suite,
+    Unavailable,
+    check,
+    describe_machine,
+    summarise,
+)
+from .report import duration, size, write_atomically
+
+BUDGET = 400.0  # seconds; cases that would begin later are named as not measured
+SUITES: dict[str, Suite] = {"contrastive": contrastive.SUITE, "spherical": spherical.SUITE}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RIVALS = frozenset({"eager", "torch.compile"})
+ALL = None
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """A case of a suite at the sizes of a card. `bytes`: what any method must move, for those that memory bounds."""
+
+    case: Case
+    rivals: frozenset[str] | None = RIVALS  # None: every provider of the suite
+    rounds: int = 20
+    bytes: Callable[[Sizes], float] | None = None
+
+
+def _contrastive(
+    op: str, rows: int, dim: int, dtype: torch.dtype, rivals: frozenset[str] | None = RIVALS, rounds: int = 20
+) -> GpuCase:
+    pattern = next(c for c in contrastive.CASES if c.op == op)
+    name = f"{op.replace('_', '-')}-{rows}x{dim}-{str(dtype).removeprefix('torch.')}"
+    return GpuCase(
+        replace(pattern, name=name, sizes={"rows": rows, "dim": dim}, dtype=dtype, full=Schedule(rounds)),
+        rivals,
+        rounds,
+    )
+
+
+def _z_loss(rows: int, classes: int, dtype: torch.dtype) -> GpuCase:
+    pattern = next(c for c in spherical.CASES if c.op == "z_loss")
+    name = f"z-logits-{rows}x{classes}-{str(dtype).removeprefix('torch.')}"
+    case = replace(pattern, name=name, sizes={"rows": rows, "classes": classes, "dim": 1}, dtype=dtype)
+    return GpuCase(case, rounds=20, bytes=lambda s: 3.0 * s["rows"] * s["classes"] * dtype.itemsize)
+
+
+def _linear(rows: int, classes: int, dim: int) -> GpuCase:
+    pattern = next(c for c in spherical.CASES if c.op == "linear_z_loss")
+    sizes = {"rows": rows, "classes": classes, "dim": dim}
+    return GpuCase(replace(pattern, name=f"z-linear-{rows}x{classes}x{dim}", sizes=sizes), rounds=10)
+
+
+CASES: tuple[GpuCase, ...] = (
+    _contrastive("clip_loss", 32_768, 1024, torch.bfloat16, rounds=10),
+    _contrastive("clip_loss", 8192, 512, torch.bfloat16, ALL),
+    _contrastive("clip_loss", 1024, 512, torch.bfloat16, rounds=50),
+    _contrastive("clip_loss", 8192, 512, torch.float32),
+    _contrastive("info_nce", 8192, 512, torch.bfloat16, ALL),
+    _contrastive("nt_xent", 8192, 512, torch.bfloat16, ALL),
+    _contrastive("nt_xent", 32_768, 1024, torch.bfloat16, rounds=5),
+    _z_loss(4096, 50_257, torch.bfloat16),
+    _z_loss(4096, 50_257, torch.float32),
+    _linear(2048, 50_257, 512),
+    _contrastive("clip_loss", 1_048_576, 512, torch.bfloat16, frozenset(), rounds=1),
+)
+
+
+# ---------------------------------------------------------------- the device
+
+
+def moved(case: Case, device: torch.device) -> Case:
+    """The case with its inputs on the device."""
+
+    def setup(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
+        inputs = case.setup(sizes, dtype, seed)
+        return tuple(x.detach().to(device).requires_grad_(x.requires_grad) for x in inputs)
+
+    return replace(case, setup=setup)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds by the device's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def peaks(device: torch.device, smoke: bool) -> dict[str, float]:
+    """TFLOP/s of `torch.mm` by dtype, and GB/s of a copy, bytes read and written."""
+
+    def best(run: Callable[[], object]) -> float:
+        return min(timed(run, device) for _ in range(3 if smoke else 20))
+
+    n = 64 if smoke else 8192
+    found = {}
+    for name, dtype in DTYPES.items():
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        found[name] = 2 * n**3 / best(partial(torch.mm, a, b)) / 1e12
+    source = torch.empty(1 << (16 if smoke else 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found["copy"] = 2 * source.numel() / best(partial(target.copy_, source)) / 1e9
+    return found
+
+
+def extra_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that one pass holds at most beside inputs and gradients."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = int(torch.cuda.memory_allocated(device))
+    _, gradients = run()
+    synchronize(device)
+    own: int = sum(g.numel() * g.element_size() for g in gradients)
+    return int(torch.cuda.max_memory_allocated(device)) - before - own
+
+
+def describe_card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": "cpu"}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "runtime": torch.version.hip or torch.version.cuda,
+    }
+
+
+# ---------------------------------------------------------------- providers
+
+
+def ours(suite: Suite, device: torch.device) -> Provider:
+    """The suite's own provider on the device's backend."""
+    backend = fastloss.use_backend
+    name = _backend(device)
+    pattern = next(p for p in suite.providers if p.name == "fastloss[portable]")
+    return replace(
+        pattern, name="fastloss", description=f"this library, backend {name}", full_only=False, peak_bytes={},
+        context=partial(backend, name),
+    )  # fmt: skip
+
+
+def _backend(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "native" if fastloss.backends()["native"].startswith("available") else "portable"
+    return "triton" if fastloss.backends()["triton"].startswith("available") else "portable"
+
+
+def providers(suite: Suite, item: GpuCase, device: torch.device) -> list[Provider]:
+    others = [p for p in suite.providers if not p.name.startswith("fastloss")]
+    portable = next(p for p in suite.providers if p.name == "fastloss[portable]")
+    chosen = others if item.rivals is None else [p for p in others if p.name in item.rivals]
+    return [ours(suite, device), *chosen, *([portable] if item.rivals is None else [])]
+
+
+def tuning(device: torch.device) -> AbstractContextManager[object]:
+    if _backend(device) != "triton":
+        return nullcontext()
+    from fastloss import _triton
+
+    return _triton.tuning()
+
+
+# ---------------------------------------------------------------- running
+
+
+def run(device: torch.device, smoke: bool, seed: int, tick: Callable[[str], None]) -> dict[str, Any]:
+    start = time.perf_counter()
+    tick("measuring products and copies")
+    before = peaks(device, smoke)
+    rows: list[dict[str, Any]] = []
+    for item in CASES:
+        suite = SUITES[item.case.family]
+        case = moved(item.case.smoke() if smoke else item.case, device)
+        if time.perf_counter() - start > BUDGET:
+            rows.append({"case": case.name, "provider": "fastloss", "status": "not measured", "detail": "out of time"})
+            continue
+        tick(case.name)
+        rows += _run_case(item, case, suite, device, seed)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    after = peaks(device, smoke)
+    best = {name: max(before[name], after[name]) for name in before}
+    for row in rows:
+        if row["status"] == "ok":
+            _conclude(row, best)
+    return {
+        "schema": 1,
+        "machine": describe_machine(),
+        "card": describe_card(device),
+        "settings": {"smoke": smoke, "seed": seed, "seconds": time.perf_counter() - start},
+        "peaks": {"before": before, "after": after, "used": best},
+        "rows": rows,
+    }
+
+
+def _run_case(item: GpuCase, case: Case, suite: Suite, device: torch.device, seed: int) -> list[dict[str, Any]]:
+    results = {p.name: _new_row(item, case, p) for p in providers(suite, item, device)}
+    alive = [
+        p
+        for p in providers(suite, item, device)
+        if _attempt(results[p.name], partial(_admit, suite, p, case, device, seed))
+    ]
+    inputs = case.inputs(seed)
+    for p in alive[:]:
+        # Warm: compiled and tuned at this size.
+        with tuning(device) if p.name == "fastloss" else nullcontext():
+            if not _attempt(results[p.name], partial(p.step, case.op, inputs)):
+                alive.remove(p)
+    for p in alive[:]:
+        probe = partial(extra_memory, partial(p.step, case.op, inputs), device)
+        if not _attempt(results[p.name], probe, "extra_memory"):
+            alive.remove(p)
+    for _ in range(min(item.rounds, 2) if device.type == "cpu" else item.rounds):
+        for p in alive[:]:
+            seconds = partial(timed, partial(p.step, case.op, inputs), device)
+            if not _attempt(results[p.name], seconds, "seconds"):
+                alive.remove(p)
+    return list(results.values())
+
+
+def _new_row(item: GpuCase, case: Case, provider: Provider) -> dict[str, Any]:
+    return {
+        "case": case.name, "provider": provider.name, "status": "ok", "detail": "", "op": case.op,
+        "sizes": dict(case.sizes), "dtype": str(case.dtype).removeprefix("torch."), "flops": case.flops.of(case.sizes),
+        "bytes": item.bytes(case.sizes) if item.bytes else None, "seconds": [], "extra_memory": None, "check": None,
+    }  # fmt: skip
+
+
+def _attempt(row: dict[str, Any], run: Callable[[], Any], into: str | None = None) -> bool:
+    """Runs; what fails is named in the row and not tried again."""
+    try:
+        value = run()
+    except Unavailable as reason:
+        row["status"], row["detail"] = "not available", str(reason)
+        return False
+    except Exception as error:  # an out-of-memory error of a rival, too
+        row["status"], row["detail"] = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return False
+    if into == "seconds":
+        row["seconds"].append(value)
+    elif into:
+        row[into] = value
+    elif hasattr(value, "gradient_error"):
+        row["check"] = {"loss_error": value.loss_error, "gradient_error": value.gradient_error}
+    return True
+
+
+def _admit(suite: Suite, provider: Provider, case: Case, device: torch.device, seed: int) -> object:
+    provider.build(case.op)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 * GIB
+    if (needs := provider.needs(case)) > free:
+        raise Unavailable(f"needs {size(needs)}, {size(free)} are free")
+    return check(suite, provider, case, seed)
+
+
+def _conclude(row: dict[str, Any], best: dict[str, float]) -> None:
+    summary = summarise(row["seconds"])
+    row["time"] = {"median": summary.median, "q20": summary.q20, "q80": summary.q80}
+    row["tflops"] = row["flops"] / summary.median / 1e12
+    row["mm_share"] = row["tflops"] / best[row["dtype"]]
+    row["copy_share"] = row["bytes"] and row["bytes"] / summary.median / 1e9 / best["copy"]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def markdown(report: dict[str, Any]) -> str:
+    card, used = report["card"], report["peaks"]["used"]
+    machine = report["machine"]
+    lines = [
+        f"# fastloss on {card['name']}",
+        "",
+        f"{machine['timestamp']}; torch {machine['torch']}, runtime {card.get('runtime', 'none')}, "
+        f"Python {machine['python']}, fastloss {machine['fastloss']}",
+        "",
+        *(f"- `torch.mm`, {name}: {used[name]:.3g} TFLOP/s" for name in DTYPES),
+        f"- copy: {used['copy']:.4g} GB/s, read and written",
+        "",
+        "One time is a forward and a backward pass, the median of the rounds; memory is beside inputs and gradients.",
+        "",
+        "| case | provider | time [q20, q80] | of `mm` peak | of copy peak | extra memory | gradient error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_cells(row) for row in report["rows"]), ""])
+
+
+def _cells(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"| {row['case']} | {row['provider']} | {row['status']}: {row['detail']} | | | | |"
+    t = row["time"]
+    copied = "" if row["copy_share"] is None else f"{100 * row['copy_share']:.0f}%"
+    return (
+        f"| {row['case']} | {row['provider']} | {duration(t['median'])} [{duration(t['q20'])}, {duration(t['q80'])}] "
+        f"| {100 * row['mm_share']:.0f}% | {copied} "
+        f"| {'' if row['extra_memory'] is None else size(row['extra_memory'])} | {row['check']['gradient_error']:.1e} |"
+    )
+
+
+def write(report: dict[str, Any], folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"gpu.json": json.dumps(report, indent=1, allow_nan=False), "gpu.md": markdown(report)}
+    for name, text in files.items():
+        write_atomically(folder / name, text.encode())
+        yield folder / name
+
+
+def main(device_type: str, smoke: bool, seed: int, output: Path) -> int:
+    device = torch.device(device_type)
+    report = run(device, smoke, seed, lambda text: print(text, flush=True))
+    for path in write(report, output):
+        print(path)
+    print(markdown(report))
+    failed = [r for r in report["rows"] if r["status"] == "failed" and r["provider"].startswith("fastloss")]
+    return int(bool(failed))

@@ -1,0 +1,64 @@
+"""Compiles every Triton kernel for chips that need not be there: ``python -m fastloss.kernels``.
+
+Writes what each needs (registers, shared memory, spills, the instruction of the matrix units) to kernels.json and
+kernels.md, and exits with 1 if one spills, does not fit a chip, or leaves the matrix units unused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fastloss._backends import TRITON_FAMILIES
+from fastloss._triton import TARGETS, Resources, resources, tuning
+
+__all__ = ["compile_all", "main", "table", "tuning"]
+
+CHECKED = ("sm_80", "sm_90", "sm_100", "gfx942")  # by the tests; --all adds the other chips and the candidates
+
+
+def compile_all(targets: Sequence[str], *, candidates: bool = False) -> Iterator[Resources]:
+    for family in TRITON_FAMILIES:
+        module = importlib.import_module(f"fastloss.{family}.triton")
+        for target in targets:
+            for specimen in module.specimens(target, candidates):
+                yield resources(specimen, target)
+
+
+def table(results: Sequence[Resources]) -> str:
+    header = ("kernel", "chip", "blocks, warps, stages", "registers", "spills", "shared KiB", "matrix unit", "code")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for r in results:
+        blocks = "x".join(map(str, r.config.blocks))
+        cells = (
+            r.specimen, r.target, f"{blocks}, {r.config.num_warps}, {r.config.num_stages}", r.registers, r.spills,
+            f"{r.shared / 1024:.0f} of {r.shared_limit / 1024:.0f}", r.matrix or "none",
+            "; ".join(r.faults) or f"{r.instructions} instructions",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(["# Triton kernels, compiled without a device", "", *lines, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastloss.kernels", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="all chips, and the configurations that tuning may choose")
+    parser.add_argument("--output", type=Path, default=Path("reports"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    results = []
+    for result in compile_all(tuple(TARGETS) if options.all else CHECKED, candidates=options.all):
+        print(f"{result.target} {result.specimen}: {'; '.join(result.faults) or 'passed'}", flush=True)
+        results.append(result)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "kernels.json").write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    (options.output / "kernels.md").write_text(table(results))
+    # A candidate that does not fit is not taken; a default must.
+    return int(any(r.faults for r in results if "candidate" not in r.specimen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

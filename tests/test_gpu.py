@@ -1,0 +1,127 @@
+"""What only a GPU can show; `make gpu` runs it beside the values of `tests/*/triton_values.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastloss
+from tests.contrastive.problems import check, make_problem
+
+if not torch.cuda.is_available():
+    pytest.skip("PyTorch sees no CUDA or ROCm device", allow_module_level=True)
+
+MIB = 1 << 20
+Loss = Callable[..., Tensor]
+LOSSES: dict[str, Loss] = {
+    "clip_loss": lambda a, b: fastloss.clip_loss(a, b, logit_scale=20.0),
+    "info_nce": lambda a, b: fastloss.info_nce(a, b, temperature=0.07),
+    "nt_xent": lambda a, b: fastloss.nt_xent(a, b, temperature=0.5),
+    "z_loss": lambda a, b: fastloss.z_loss(a @ b.T, torch.arange(len(a), device="cuda")),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def pair(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(rows)
+    first, second = (torch.randn(rows, width, device="cuda", generator=generator) for _ in range(2))
+    unit = torch.nn.functional.normalize
+    return [x.to(dtype).requires_grad_() for x in (unit(first), unit(first + second))]
+
+
+def gradients(loss: Loss, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(*inputs), inputs)
+
+
+def test_cards_run_triton() -> None:
+    assert fastloss.backends()["triton"].startswith("available")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "variant", ["info_nce symmetric ids row_temperature", "info_nce unpaired", "nt_xent", "nt_xent ids"]
+)
+def test_values_of_large_tiles(variant: str, dtype: torch.dtype) -> None:
+    """The configurations that small problems do not reach, ragged in all three sizes."""
+    check(make_problem(variant, rows=3001, columns=4099, width=200, dtype=dtype).to("cuda"))
+
+
+@every_loss
+def test_gradcheck_in_float64(loss: Loss) -> None:
+    assert torch.autograd.gradcheck(loss, pair(7, 5, torch.float64))
+
+
+@every_loss
+def test_derivative_along_a_direction(loss: Loss) -> None:
+    """Of the kernels themselves: the central difference of a step h is right to h^2, and rounds to eps / h."""
+    inputs = pair(300, 70, torch.float32)
+    directions = [torch.randn_like(x) / x.numel() ** 0.5 for x in inputs]
+    step = torch.finfo(torch.float32).eps ** (1 / 3)
+    ends = [
+        float(loss(*(x.detach() + sign * step * d for x, d in zip(inputs, directions, strict=True))))
+        for sign in (1, -1)
+    ]
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients(loss, inputs), directions, strict=True))
+    assert abs((ends[0] - ends[1]) / (2 * step) - slope) <= 20 * step**2 * max(1.0, abs(slope)) * 20.0**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_loss
+def test_compiled_code_gives_the_same(loss: Loss, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    inputs = pair(600, 96, dtype)
+    want = gradients(loss, inputs)
+    for got, expected in zip(gradients(torch.compile(loss, fullgraph=True), inputs), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "info_nce", "nt_xent"])
+def test_nothing_waits_for_the_device(name: str) -> None:
+    inputs = pair(2000, 128)
+    gradients(LOSSES[name], inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(LOSSES[name], inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_loss
+def test_results_do_not_change_from_run_to_run(loss: Loss) -> None:
+    inputs = pair(5000, 256)
+    first, second = gradients(loss, inputs), gradients(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def peak(run: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in result)
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "info_nce", "nt_xent"])
+def test_memory_beside_inputs_and_gradients(name: str) -> None:
+    """A panel of 256 MiB, sums in float32, partial statistics, vectors."""
+    rows, width = 32_768, 256
+    inputs = pair(rows, width)
+    sums = 4 * width * (2 * rows + 8192)  # of NT-Xent, both views
+    views = 2 * 2 * rows * width * 2  # and their concatenation and its gradient
+    assert peak(lambda: gradients(LOSSES[name], inputs)) <= 256 * MIB + sums + views + 64 * MIB
+
+
+def test_a_million_rows_fit_beside_a_gibibyte() -> None:
+    inputs = pair(1 << 20, 64)
+    assert peak(lambda: gradients(LOSSES["clip_loss"], inputs)) <= 1024 * MIB
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> Iterator[None]:
+    yield
+    torch.cuda.empty_cache()

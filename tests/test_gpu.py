@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 
 import fastloss
 from tests.contrastive.problems import check, make_problem
@@ -119,6 +121,43 @@ def test_memory_beside_inputs_and_gradients(name: str) -> None:
 def test_a_million_rows_fit_beside_a_gibibyte() -> None:
     inputs = pair(1 << 20, 64)
     assert peak(lambda: gradients(LOSSES["clip_loss"], inputs)) <= 1024 * MIB
+
+
+RANKED: dict[str, Callable[..., Tensor]] = {
+    "clip_loss": lambda a, b, **options: fastloss.clip_loss(a, b, logit_scale=20.0, **options),
+    "info_nce": lambda a, b, **options: fastloss.info_nce(a, b, temperature=0.07, symmetric=True, **options),
+    "nt_xent": lambda a, b, **options: fastloss.nt_xent(a, b, temperature=0.5, **options),
+}
+
+
+def on_nccl(rank: int, world: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    distributed.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    found = {}
+    for name, loss in RANKED.items():
+        for schedule in ("all-gather", "ring"):
+            mine = [x.detach().tensor_split(world)[rank].clone().requires_grad_() for x in pair(1001, 64)]
+            value = loss(*mine, group=distributed.group.WORLD, schedule=schedule)
+            found[name, schedule] = [x.cpu() for x in (value, *torch.autograd.grad(value, mine))]
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_ranks_on_nccl_find_what_one_process_finds(tmp_path: Path) -> None:
+    world = min(4, torch.cuda.device_count())
+    spawn(on_nccl, (world, str(tmp_path)), world)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for name, loss in RANKED.items():
+        inputs = pair(1001, 64)
+        value = loss(*inputs)
+        want = [value, *torch.autograd.grad(value, inputs)]
+        for schedule in ("all-gather", "ring"):
+            values, *found = zip(*(part[name, schedule] for part in parts), strict=True)
+            for got in values:
+                torch.testing.assert_close(got, want[0].detach().cpu())
+            for gradients, expected in zip(found, want[1:], strict=True):
+                torch.testing.assert_close(torch.cat(gradients) / world, expected.cpu())
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("functional", "modules", "arguments", "pot", "plans", "sphere"), 0),
     **dict.fromkeys(("ops", "methods", "harmonics"), 1),
-    **dict.fromkeys(("tiles", "factored", "constants", "portable", "native", "triton"), 2),
+    **dict.fromkeys(("tiles", "factored", "dense", "constants", "portable", "native", "triton"), 2),
     **dict.fromkeys(("tables", "program"), 3),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -12,17 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from fastloss._checks import check_device, check_floating, check_ids, check_number, check_size
-from fastloss.spherical import factored
+from fastloss.spherical import dense, factored
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
 COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
-STATE = ("v", "u", "inverse", "delta", "mean", "gram")
 CHECK_EVERY = 64  # steps between two looks at U and its inverse, O(D^2) each
 PROBE_EVERY = 4096  # steps between two looks at the means and the Gram, O(C D) each
-INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what these looks allow
+INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what is allowed
+SEEN = 16  # more than this at a look at the Gram, and it is computed anew
+FEW = 64  # classes whose products cost less than the calls around them
 TILE = 2**22  # logits in a tile of topk
+
+
+def few(classes: int, width: int) -> bool:
+    """Whether a step on the weight itself costs no more products than one on its factors, or hardly any."""
+    return classes <= max(FEW, 2 * width)
 
 
 class _Statistics(torch.autograd.Function):
@@ -30,7 +36,7 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
         ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
     @staticmethod
@@ -46,7 +52,7 @@ class _BuiltIn(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
         ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         loss, *derivatives = layer._closed_form(t, v[:, None], mean[:, None])
         d_t, d_v, d_mean = (share * d for d in derivatives)
         ctx.g = d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
@@ -99,15 +105,22 @@ class FactoredOutput(nn.Module):
         RuntimeError: a second forward before a step without `accumulate`, a step without a gradient or with one that is
             not finite, a backward pass after the weight has changed. No error changes the state.
 
+    Few classes:
+        Up to 64, or twice the width (a bias counts as one), the state is the weight itself, and a step O(B C D): the
+        factors would cost more, and lose digits. All else is the same, but that there is nothing to keep up.
+
     Memory:
         (C + 4 D) D numbers, and O((B K + D) D) in a step, kept from one step to the next.
 
     Upkeep:
+        The Gram matrix is carried from step to step, and its error with it. Where the loss pushes a target's logit up
+        from below the mean, U expands, the error as its square, and the weight does not: each step adds to a bound of
+        that growth, in O(B D). When it has passed 256, and every 4096 steps, a read of V (:meth:`drift`) looks at the
+        Gram matrix and the means; where they are off by more than 16 units in the last place, and every
+        `refresh_every` steps, they are computed anew, counted in `refreshes`.
         Every 64 steps a few vectors look at U and its inverse, in O(D^2): singular values beyond `max_scale` are moved
         into V, in O(C D) for each, counted in `moved_directions` and the passes in `stabilisations` (also at once, when
-        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`. Every
-        4096 steps a read of V looks at the Gram matrix and the means (:meth:`drift`); where they are off, and every
-        `refresh_every` steps, they are computed anew, counted in `refreshes`.
+        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`.
 
     Several processes:
         Each holds the whole layer. ``step(..., group=group)``, or ``FactoredSGD(..., group=group)``, gathers the hidden
@@ -191,17 +204,24 @@ class FactoredOutput(nn.Module):
         for counter in COUNTERS:
             setattr(self, counter, 0)
         self._revision = self._open = 0
+        self._growth = 0.0  # log of the most by which an error of the Gram has grown, its square root
         self._pending: list[factored.Gradients] = []
         self._scratch = factored.Scratch()
         weight = torch.empty(num_classes, in_features + self.has_bias, device=device, dtype=dtype)
         self._start(weight.uniform_(-1, 1).div_(math.sqrt(in_features)))
 
     def _start(self, weight: Tensor) -> None:
-        for name, value in vars(factored.from_dense(weight)).items():
+        for name, value in vars(self._form.from_dense(weight)).items():
             self.register_buffer(name, value)
 
-    def _state(self) -> factored.State:
-        return factored.State(*(self.get_buffer(name) for name in STATE))
+    @property
+    def _form(self) -> Any:
+        """The module with the state and its step."""
+        return dense if few(self.num_classes, self.in_features + self.has_bias) else factored
+
+    def _state(self) -> Any:
+        kind = self._form.State
+        return kind(**{field.name: self.get_buffer(field.name) for field in fields(kind)})
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
@@ -221,19 +241,20 @@ class FactoredOutput(nn.Module):
         linear = nn.Linear(
             self.in_features, self.num_classes, self.has_bias, device=self.v.device, dtype=self.v.dtype
         )  # fmt: skip
-        dense = factored.to_dense(self._state())
-        linear.weight.copy_(dense[:, : self.in_features])
+        weight = self._form.to_dense(self._state())
+        linear.weight.copy_(weight[:, : self.in_features])
         if self.has_bias:
-            linear.bias.copy_(dense[:, self.in_features])
+            linear.bias.copy_(weight[:, self.in_features])
         return linear
 
     def weight(self) -> Tensor:
         """The implied weight (C, D)."""
-        return self.v @ self.u[:, : self.in_features] + (self.delta + self.mean)[: self.in_features]
+        weight: Tensor = self._form.to_dense(self._state(), slice(self.in_features))
+        return weight
 
     def bias(self) -> Tensor | None:
         """The implied bias (C,), None in a layer without."""
-        return self.v @ self.u[:, -1] + (self.delta + self.mean)[-1] if self.has_bias else None
+        return self._form.to_dense(self._state(), slice(-1, None))[:, 0] if self.has_bias else None
 
     def _hidden(self, name: str, hidden: Tensor) -> Tensor:
         """Checked, with a column of ones for the bias."""
@@ -263,9 +284,13 @@ class FactoredOutput(nn.Module):
         name = "FactoredOutput.logits"
         hidden = self._hidden(name, hidden)
         if classes is None:
-            return factored.logits(self._state(), hidden, slice(None))
+            return self._logits(hidden, slice(None))
         shape = tuple(classes.shape)[:1] if isinstance(classes, Tensor) else ()
-        return factored.logits(self._state(), hidden, self._ids(name, "classes", classes, shape))
+        return self._logits(hidden, self._ids(name, "classes", classes, shape))
+
+    def _logits(self, hidden: Tensor, classes: Tensor | slice) -> Tensor:
+        logits: Tensor = self._form.logits(self._state(), hidden, classes)
+        return logits
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -275,11 +300,11 @@ class FactoredOutput(nn.Module):
         check_number(name, "k", k, least=1)
         if k > self.num_classes:
             raise ValueError(f"{name}: `k` must be at most {self.num_classes}, the number of classes, got {k}")
-        state, rows = self._state(), max(k, TILE // max(1, len(hidden)))
+        rows = max(k, TILE // max(1, len(hidden)))
         best = hidden.new_empty(len(hidden), 0)
         index = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
         for start in range(0, self.num_classes, rows):
-            tile = factored.logits(state, hidden, slice(start, start + rows))
+            tile = self._logits(hidden, slice(start, start + rows))
             value, place = tile.topk(min(k, tile.shape[1]))
             best, index = torch.cat([best, value], 1), torch.cat([index, place + start], 1)
             best, place = best.topk(min(k, best.shape[1]))
@@ -404,7 +429,7 @@ class FactoredOutput(nn.Module):
         """The gradient to hidden; that of the weight is kept for the step."""
         if self._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        rows, gradient = factored.gradient(self._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
+        rows, gradient = factored.gradient(self.mean, ctx.entries, ctx.product, g_t, g_v, g_mean)
         g_t, g_v, g_mean = (x.contiguous() for x in (g_t, g_v, g_mean))
         self._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
         return gradient
@@ -435,7 +460,7 @@ class FactoredOutput(nn.Module):
             loss = given.reshape(t.shape)
         return (loss if weight is None else loss * weight).sum(1)
 
-    def _plan(self, lr: float, weight_decay: float, group: Any) -> factored.Plan | None:
+    def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
         check_number(name, "lr", lr)
@@ -451,7 +476,10 @@ class FactoredOutput(nn.Module):
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
             with torch.autocast(self.v.device.type, enabled=False):
-                return factored.plan(self._state(), grads, lr, weight_decay, self.max_scale, self._scratch)
+                plan: dense.Plan | factored.Plan = self._form.plan(
+                    self._state(), grads, lr, weight_decay, self.max_scale, self._scratch
+                )
+                return plan
         except OverflowError:
             parts = (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)
             if all(bool(part.isfinite().all()) for part in parts):
@@ -467,13 +495,15 @@ class FactoredOutput(nn.Module):
         self._commit(plan)
 
     @torch.no_grad()
-    def _commit(self, plan: factored.Plan) -> None:
+    def _commit(self, plan: dense.Plan | factored.Plan) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
-            self._count(factored.commit(plan))
+            self._count(self._form.commit(plan))
             self._revision += 1
             self._pending, self._open = [], 0
             self.steps += 1
-            self._maintain()
+            if self._form is factored:
+                self._growth += plan.growth
+                self._maintain()
 
     def _maintain(self) -> None:
         """The looks and refreshments that are due after a step."""
@@ -485,9 +515,14 @@ class FactoredOutput(nn.Module):
             elif not error <= INVERSE_ERROR * eps:
                 factored.invert(self._state(), error)
                 self.inversions += 1
-        due = bool(self.refresh_every) and self.steps % self.refresh_every == 0
-        if due or (self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps):
+        if self.refresh_every and self.steps % self.refresh_every == 0:
             self.refresh()
+        elif self.steps % PROBE_EVERY == 0 or not 2 * self._growth <= math.log(DRIFT):
+            seen = self.drift() / eps
+            if not seen <= SEEN:
+                self.refresh()
+            else:
+                self._growth = math.log(max(1.0, seen)) / 2
 
     def _count(self, moved: int) -> None:
         self.moved_directions += moved
@@ -496,7 +531,7 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def stabilise(self) -> int:
         """Moves the singular values of U beyond `max_scale` or its inverse into V; how many. The weight stays."""
-        moved = factored.stabilise(self._state(), self.max_scale)
+        moved: int = self._form.stabilise(self._state(), self.max_scale)
         self._revision += 1
         self._count(moved)
         return moved
@@ -506,12 +541,14 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def drift(self) -> float:
         """The relative error of the kept Gram matrix and means, from eight random vectors; one read of V, O(C D)."""
-        return factored.drift(self._state())
+        error: float = self._form.drift(self._state())
+        return error
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Computes the Gram matrix, the means and the inverse of U anew, in O(C D^2). The weight stays."""
-        factored.refresh(self._state())
+        self._form.refresh(self._state())
+        self._growth = 0.0
         self._revision += 1
         self.refreshes += 1
 
@@ -521,11 +558,12 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([getattr(self, name) for name in COUNTERS])
+        return torch.tensor([*(getattr(self, name) for name in COUNTERS), self._growth], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        for name, value in zip(COUNTERS, state.tolist(), strict=True):
-            setattr(self, name, value)
+        *counts, self._growth = state.tolist()
+        for name, value in zip(COUNTERS, counts, strict=True):
+            setattr(self, name, int(value))
         self.zero_grad()
         self._revision += 1
 

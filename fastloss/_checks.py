@@ -79,9 +79,15 @@ def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Ten
 
 
 def check_number(
-    function: str, name: str, value: Any, *, above: float | None = None, least: float | None = None
+    function: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A finite Python number, greater than `above` or at least `least`."""
+    """A finite Python number, greater than `above` or at least `least`, also in `dtype`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: `{name}` must be a float, got {type(value).__name__}")
     if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
@@ -89,6 +95,20 @@ def check_number(
             f" and greater than {above}" if above is not None else f" and at least {least}" if least is not None else ""
         )
         raise ValueError(f"{function}: `{name}` must be finite{bound}, got {value}")
+    if dtype is not None:
+        smallest, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+        if not -largest <= value <= largest or (above == 0 and value < smallest):
+            bound = f"in [{smallest:.3g}, {largest:.3g}]" if above == 0 else f"finite in {dtype}"
+            raise ValueError(f"{function}: `{name}` must be {bound}, got {value}")
+
+
+def check_int(function: str, name: str, value: Any, *, least: int, most: int = 2**63 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{function}: `{name}` must be an int, got {type(value).__name__}")
+    if not least <= value <= most:
+        bound = f"of 64 bits with sign, got one of {value.bit_length()}" if abs(value) >= 2**63 else None
+        expected = f"at least {least}" if most == 2**63 - 1 else f"in [{least}, {most}]"
+        raise ValueError(f"{function}: `{name}` must be an int {bound or f'{expected}, got {value}'}")
 
 
 def check_group(function: str, group: Any) -> None:

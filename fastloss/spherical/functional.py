@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import check_device, check_floating, check_ids, check_number, check_reduction, check_size
+from fastloss._checks import (
+    check_device,
+    check_floating,
+    check_ids,
+    check_int,
+    check_number,
+    check_reduction,
+    check_size,
+)
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
 
 
@@ -32,7 +40,7 @@ def z_loss(
     eps: float = 1e-12,
     gradient_overwrites_logits: bool = False,
 ) -> Tensor:
-    r"""The Z-loss: a classification loss that no shift and no scaling up of a row of logits changes.
+    r"""The Z-loss: a classification loss that no shift and no scaling up of a row of logits changes (see Returns).
 
     .. math::
         \ell = \tfrac1a \log\bigl(1 + e^{a (b - z_t)}\bigr), \qquad z_t = \frac{o_t - \mu}{\sigma + \varepsilon},
@@ -44,7 +52,7 @@ def z_loss(
         a: float > 0, the sharpness of the softplus.
         b: float, the margin: the standardised logit that a target should exceed.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
@@ -109,7 +117,7 @@ def spherical_softmax_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
@@ -166,7 +174,7 @@ def taylor_softmax_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
@@ -219,7 +227,7 @@ def one_hot_mse_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
@@ -284,7 +292,7 @@ def linear_z_loss(
         a: float > 0, the sharpness of the softplus.
         b: float, the margin: the standardised logit that a target should exceed.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
@@ -357,7 +365,7 @@ def linear_spherical_softmax_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
@@ -415,7 +423,7 @@ def linear_taylor_softmax_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
 
@@ -469,7 +477,7 @@ def linear_one_hot_mse_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
 
@@ -538,12 +546,20 @@ def _rows(
     check_reduction(name, reduction)
     check_floating(name, "logits", logits, "(B, C)", 2)
     target = _check_labels(name, "logits", logits, logits.shape[1], target, class_weight, sample_weight, ignore_index)
-    if overwrite and logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            f"{name}: `logits` must not be a leaf that requires grad with `gradient_overwrites_logits`, got a leaf"
-        )
+    if overwrite:
+        _check_overwritten(name, logits)
     moments = row_moments(logits, target, name, overwrite=overwrite)
     return _weighted(logits.shape[1], moments, target, class_weight, sample_weight)
+
+
+def _check_overwritten(name: str, logits: Tensor) -> None:
+    option = "with `gradient_overwrites_logits`"
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{name}: `gradient_overwrites_logits` must be False under torch.func, got True")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(f"{name}: `logits` must not be a leaf that requires grad {option}, got a leaf")
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"{name}: `logits` must have memory of their own {option}, got an expanded tensor")
 
 
 def _linear_rows(
@@ -585,8 +601,7 @@ def _check_labels(
     """The targets as the ops take them: -1 for ignored rows."""
     if classes == 0:
         raise ValueError(f"{function}: C, the number of classes, must be at least 1, got 0")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{function}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
+    check_int(function, "ignore_index", ignore_index, least=-(2**63))
     target = check_ids(function, "target", target, (x.shape[0],), name, x)
     for label, w, size, shape, why in (
         ("class_weight", class_weight, classes, "(C,)", "one a class"),
@@ -620,8 +635,9 @@ def _weighted(
 
 
 def _z(rows: _Rows, a: float, b: float, eps: float) -> Tensor:
-    flat = rows.square == 0  # false for NaN, which goes its way
-    deviation = (torch.where(flat, 1, rows.square) / rows.classes).sqrt()
+    square = torch.where(rows.square.isinf(), torch.nan, rows.square)  # an overflow is no standardised logit of 0
+    flat = square == 0  # false for NaN, which goes its way
+    deviation = (torch.where(flat, 1, square) / rows.classes).sqrt()
     z = torch.where(flat, 0, rows.centred / (deviation + eps))
     return F.softplus(b - z, beta=a, threshold=40)  # softplus(x) = x beyond 40 to the last bit of float64
 

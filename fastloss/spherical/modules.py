@@ -351,7 +351,7 @@ class FactoredOutput(nn.Module):
             inputs = inputs.detach().requires_grad_()
         weights = [w for w in (target_weight, row_weight) if w is not None]
         with torch.autocast(inputs.device.type, enabled=False):
-            if self._has_closed_form(count) and not any(w.requires_grad for w in weights):
+            if self._has_closed_form(several) and not any(w.requires_grad for w in weights):
                 share = self._share(len(hidden), target_weight, row_weight)
                 loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
                 loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
@@ -399,8 +399,9 @@ class FactoredOutput(nn.Module):
             share = (row_weight / row_weight.sum())[:, None].masked_fill(row_weight[:, None] == 0, 0)
         return share if target_weight is None else share * target_weight
 
-    def _has_closed_form(self, targets: int) -> bool:
-        return isinstance(self.loss, str) and (self.loss != "mse" or targets == 1)
+    def _has_closed_form(self, weighted: bool) -> bool:
+        """With weights of targets, "mse" is one loss of an example, no sum over its targets."""
+        return isinstance(self.loss, str) and (self.loss != "mse" or not weighted)
 
     def _closed_form(self, t: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""

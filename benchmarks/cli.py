@@ -154,7 +154,7 @@ def _print_tables(results: report.Report) -> None:
     for line in report.machine_lines(results):
         console.print(Text(line))
     for case in results["cases"]:
-        caption = "\n".join([f"flop model: {case['flops_formula']}", *report.not_measured(results, case)])
+        caption = "\n".join([report.models(case), *report.not_measured(results, case)])
         table = Table(
             *report.COLUMNS,
             title=Text(report.case_heading(case)),

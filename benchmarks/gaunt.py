@@ -1,8 +1,8 @@
 """Cases and providers of the Gaunt family.
 
-One loss for everybody: the coefficients of the product, summed over the rows and weighted by the same numbers. It is
-linear in the product, so a library that returns each path by itself takes part by weighting its paths; nothing is added
-up for it.
+One loss for everybody: the coefficients of the product, each weighted by the same number in all rows, and summed. It
+is linear in the product: its gradient is handed over and not computed, so that only the products are timed, and a
+library that returns each path by itself takes part by weighting its paths.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fastloss.gaunt import tables as tables_of
 from fastloss.gaunt.program import degree_of_size
 from fastloss.reference import gaunt as reference
 
-from .harness import Case, Formula, Inputs, Loss, Provider, Schedule, Sizes, Suite, Unavailable
+from .harness import Case, Formula, Inputs, Loss, Provider, Schedule, Sizes, Suite, Unavailable, Weighted
 
 FAMILY = "gaunt"
 DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 24)
@@ -35,17 +35,21 @@ def _op(degree: int) -> str:
 MANY = f"{BODIES} bodies L={MANY_DEGREE}"
 
 
-def _weights(degree: int, dtype: torch.dtype) -> Tensor:
-    return torch.linspace(1, 0.5, (degree + 1) ** 2, dtype=dtype)
+@cache
+def _weights(degree: int) -> Tensor:
+    return torch.linspace(1, 0.5, (degree + 1) ** 2, dtype=torch.float64)
 
 
-def _weighted(product: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The loss. Sums first: what is not the product's own work should cost little."""
-    sums = product.flatten(0, -2).sum(0)
+@lru_cache(maxsize=8)
+def _in_all_rows(weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return weights.to(dtype).expand(shape).contiguous()
+
+
+def _weighted(product: Tensor, weights: Tensor | None = None) -> Weighted:
+    """The loss, by default of the product's own coefficients."""
     if weights is None:
-        weights = _weights(degree_of_size(len(sums)), sums.dtype)
-    loss: Tensor = sums @ weights.to(sums.dtype)
-    return loss
+        weights = _weights(degree_of_size(product.shape[-1]))
+    return Weighted(product, _in_all_rows(weights, product.shape, product.dtype))
 
 
 # ---------------------------------------------------------------- inputs
@@ -80,7 +84,7 @@ def _grid(degree: int, total: int, back: bool, dtype: torch.dtype) -> Tensor:
     return table.to(dtype).contiguous()
 
 
-def _dense(*xs: Tensor) -> Tensor:
+def _dense(*xs: Tensor) -> Weighted:
     """Matrix products to the values on a grid, their product, and one matrix product back."""
     degrees = [degree_of_size(x.shape[-1]) for x in xs]
     out, dtype = sum(degrees), xs[0].dtype
@@ -89,7 +93,7 @@ def _dense(*xs: Tensor) -> Tensor:
     return _weighted(product @ _grid(out, 2 * out, True, dtype).T)
 
 
-def _chained(*xs: Tensor) -> Tensor:
+def _chained(*xs: Tensor) -> Weighted:
     """Several bodies as products of two, each on a grid of its own."""
     product, degree = xs[0], MANY_DEGREE
     for x in xs[1:]:
@@ -100,7 +104,7 @@ def _chained(*xs: Tensor) -> Tensor:
 
 
 def _fastloss(method: str) -> Loss:
-    def run(*xs: Tensor) -> Tensor:
+    def run(*xs: Tensor) -> Weighted:
         return _weighted(
             fastloss.gaunt_tensor_product(*xs, method=method) if len(xs) == 2 else fastloss.gaunt_product(xs)
         )
@@ -156,7 +160,7 @@ def _e3nn_full(degree: int) -> Loss:
     weights = torch.zeros(module.irreps_out.dim, dtype=torch.float64)
     # Component normalisation multiplies a path by sqrt(2 c + 1).
     places = module.irreps_out.slices()
-    each = _weights(2 * degree, torch.float64)
+    each = _weights(2 * degree)
     for path in module.instructions:
         a, b, c = irreps[path.i_in1].ir.l, irreps[path.i_in2].ir.l, module.irreps_out[path.i_out].ir.l
         if (a + b + c) % 2 == 0:
@@ -171,7 +175,7 @@ def _with_path_weights(module: Callable[..., Tensor], degree: int, count: int) -
     product = reference.gaunt_tensor_product(x.double(), y.double()).flatten()
     weights = torch.linalg.lstsq(each, product[:, None]).solution.T
 
-    def run(x: Tensor, y: Tensor) -> Tensor:
+    def run(x: Tensor, y: Tensor) -> Weighted:
         return _weighted(module(x.flatten(0, -2), y.flatten(0, -2), weights.to(x.dtype)))
 
     return run
@@ -221,7 +225,7 @@ def _dense_fourier(degree: int) -> Loss:
             back[tables_of.columns(band, device)].flatten(1).T.contiguous(),
         )
 
-    def run(x: Tensor, y: Tensor) -> Tensor:
+    def run(x: Tensor, y: Tensor) -> Weighted:
         into, back = tables(x.dtype)
 
         def series(x: Tensor) -> Tensor:
@@ -237,12 +241,12 @@ def _dense_fourier(degree: int) -> Loss:
 def _compiled(degree: int) -> Loss:
     # The tables are built outside: Dynamo ignores caches and would compile how they are made.
     there, back = (_grid(n, 4 * degree, n > degree, torch.float32) for n in (degree, 2 * degree))
-    weights = _weights(2 * degree, torch.float32)
 
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        return _weighted(((x @ there) * (y @ there)) @ back.T, weights)
+    @partial(torch.compile, fullgraph=True)
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return ((x @ there) * (y @ there)) @ back.T
 
-    return torch.compile(run, fullgraph=True)
+    return lambda x, y: _weighted(product(x, y))
 
 
 _PRODUCTS = {_op(degree): degree for degree in DEGREES}
@@ -298,9 +302,11 @@ def _ring_flops(s: Sizes, degree: int) -> float:
 def _case(degree: int, rows: int, reason: str, quick: int = 0) -> Case:
     """`quick`: rounds of the quick run, where the Fourier route, which takes its time, has its turn at one degree."""
     timed = frozenset({"fastloss", "fastloss[ring]", "eager", "e3nn[full]"})
+    passes = max(1, 24 // degree**2)
     schedule = Schedule(
         quick,
         warmup=2,
+        passes=passes,
         slow_rounds=2,
         budget=4,
         timed=None if degree == 4 else timed,
@@ -316,7 +322,7 @@ def _case(degree: int, rows: int, reason: str, quick: int = 0) -> Case:
         flops=Formula(
             "132·L³·rows (rings: 22·L³ multiply-adds forward, twice that backward)", partial(_ring_flops, degree=degree)
         ),
-        full=Schedule(15, warmup=2, slow_rounds=3),
+        full=Schedule(15, warmup=2, slow_rounds=3, passes=passes),
         quick=schedule if quick else None,
     )
 

@@ -28,7 +28,7 @@ from datetime import datetime, timezone
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,20 @@ TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (3e-2, 6e-2)}
 
 Sizes = Mapping[str, int]
 Inputs = tuple[Tensor, ...]
-Loss = Callable[..., Tensor]
+
+
+class Weighted(NamedTuple):
+    """The loss sum(output * weights), for ops that are no losses: the gradient of the output is given, not computed."""
+
+    output: Tensor
+    weights: Tensor
+
+
+Loss = Callable[..., Tensor | Weighted]
+
+
+def value_of(loss: Tensor | Weighted) -> Tensor:
+    return loss if isinstance(loss, Tensor) else (loss.output.double() * loss.weights).sum()
 
 
 class Unavailable(Exception):
@@ -68,12 +81,16 @@ class Schedule:
     rounds: int  # 0: timed once, in the memory probe (for cases whose single pass takes long)
     warmup: int = 1
     slow_rounds: int = 1  # for providers marked slow
+    passes: int = 1  # in a row, timed as one, for what takes less than a millisecond; slow providers: one
     budget: float = 60.0  # seconds; no further round starts after it, but the first two always run
     timed: frozenset[str] | None = None
     memory: frozenset[str] | None = None
 
     def rounds_of(self, provider: Provider) -> int:
         return min(self.rounds, self.slow_rounds) if provider.slow else self.rounds
+
+    def passes_of(self, provider: Provider) -> int:
+        return 1 if provider.slow else self.passes
 
     def warmup_of(self, provider: Provider) -> int:
         """Passes at full size before the clock counts; the check has already run everybody at a reduced size."""
@@ -90,6 +107,7 @@ class Case:
     setup: Callable[[Sizes, torch.dtype, int], Inputs]  # (sizes, dtype, seed) -> leaves; all or none require grad
     flops: Formula
     full: Schedule
+    traffic: Formula | None = None  # bytes that any implementation must move, where they are the floor
     quick: Schedule | None = None
     dtype: torch.dtype = torch.float32
     sweep: str | None = None  # cases of the same sweep are plotted as one curve against "rows"
@@ -131,11 +149,13 @@ class Provider:
         except ImportError as error:
             raise Unavailable(str(error)) from error
 
-    def step(self, op: str, inputs: Inputs) -> tuple[Tensor, Inputs]:
-        loss = self.build(op)
+    def step(self, op: str, inputs: Inputs) -> tuple[Tensor | Weighted, Inputs]:
+        """The loss and its gradients, if the inputs have any."""
+        run = self.build(op)
         with self.context():
-            value = loss(*inputs)
-            return value.detach(), torch.autograd.grad(value, inputs) if value.requires_grad else ()
+            loss = run(*inputs)
+            output, weights = loss if isinstance(loss, Weighted) else (loss, None)
+            return loss, torch.autograd.grad(output, inputs, weights) if output.requires_grad else ()
 
     def needs(self, case: Case) -> float:
         model = self.peak_bytes.get(case.op)
@@ -205,6 +225,7 @@ class Result:
     speedup: Summary | None = None
     gflops: float | None = None
     peak_share: float | None = None
+    traffic_share: float | None = None  # of the copy bandwidth, where the case has a traffic model
     memory: Memory | None = None
     memory_detail: str = ""
     computed_bytes: float | None = None
@@ -302,7 +323,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def measure_peak(smoke: bool) -> dict[str, float]:
-    """Best float32 GFLOP/s of `torch.mm` on a large square and on a similarity tile (1024 x 1024, depth 512)."""
+    """Best float32 GFLOP/s of `torch.mm` on a large square and on a similarity tile (1024 x 1024, depth 512).
+
+    "copy": best GB/s, read and written, of a copy that no cache holds.
+    """
 
     def best(m: int, k: int, repeats: int) -> float:
         a, b, out = torch.randn(m, k), torch.randn(k, m), torch.empty(m, m)
@@ -313,14 +337,18 @@ def measure_peak(smoke: bool) -> dict[str, float]:
             seconds = min(seconds, time.perf_counter() - start)
         return 2 * m * m * k / seconds / 1e9
 
-    return (
-        {"square": best(256, 256, 3), "tile": best(128, 64, 3)}
-        if smoke
-        else {
-            "square": best(4096, 4096, 3),
-            "tile": best(1024, 512, 30),
-        }
-    )
+    def copy(count: int) -> float:
+        a, b = torch.zeros(count), torch.empty(count)
+        seconds = math.inf
+        for _ in range(4):
+            start = time.perf_counter()
+            b.copy_(a)
+            seconds = min(seconds, time.perf_counter() - start)
+        return 2 * a.nbytes / seconds / 1e9
+
+    if smoke:
+        return {"square": best(256, 256, 3), "tile": best(128, 64, 3), "copy": copy(1 << 20)}
+    return {"square": best(4096, 4096, 3), "tile": best(1024, 512, 30), "copy": copy(1 << 27)}
 
 
 # ---------------------------------------------------------------- correctness
@@ -335,12 +363,12 @@ def check(suite: Suite, provider: Provider, case: Case, seed: int) -> Check:
     small = case.at(rows=check_rows(case))
     inputs = small.inputs(seed)
     exact = tuple(x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
-    expected = suite.truth[case.op](*exact)
+    expected = value_of(suite.truth[case.op](*exact))
     gradients = torch.autograd.grad(expected, exact) if expected.requires_grad else ()
-    value, actual = provider.step(case.op, inputs)
+    loss, actual = provider.step(case.op, inputs)
     result = Check(
         small.sizes,
-        relative_error(value, expected.detach()),
+        relative_error(value_of(loss).detach(), expected.detach()),
         max((suite.gradient_error(a, g) for a, g in zip(actual, gradients, strict=True)), default=0.0),
     )
     loss_tolerance, gradient_tolerance = TOLERANCE[case.dtype]
@@ -507,10 +535,12 @@ class Runner:
 
         def timed(provider: Provider, text: str) -> float | None:
             self.tick(f"{case.name}: {text} {provider.name}")
+            passes = schedule.passes_of(provider)
             try:
                 start = time.perf_counter()
-                provider.step(case.op, inputs)
-                return time.perf_counter() - start
+                for _ in range(passes):
+                    provider.step(case.op, inputs)
+                return (time.perf_counter() - start) / passes
             except Exception as error:
                 results[provider.name].set("failed", f"{type(error).__name__}: {error}")
                 alive.remove(provider)
@@ -579,16 +609,20 @@ def run(suites: Sequence[Suite], settings: Settings, progress: Callable[[str, in
             done += 1
     tick("measuring the mm peak")
     after = measure_peak(smoke)
-    peak = max(before["square"], after["square"])
+    peak, copy = (max(before[kind], after[kind]) for kind in ("square", "copy"))
+    cases = {case.name: case for runner in runners for case in runner.cases()}
     for result in results:
         if result.gflops is not None:
             result.peak_share = result.gflops / peak
+        traffic = cases[result.case].traffic
+        if result.time is not None and traffic is not None:
+            result.traffic_share = traffic.of(cases[result.case].sizes) / result.time.median / 1e9 / copy
     return {
         "schema": SCHEMA,
         "machine": describe_machine(),
         "settings": {"mode": settings.mode, "seed": settings.seed},
-        "peak_gflops": {"before": before, "after": after, "used": peak},
-        "cases": [describe_case(case) for runner in runners for case in runner.cases()],
+        "peak_gflops": {"before": before, "after": after, "used": peak, "copy_gb": copy},
+        "cases": [describe_case(case) for case in cases.values()],
         "providers": {p.name: p.description for runner in runners for p in runner.providers()},
         "rows": [asdict(result) for result in results],
     }
@@ -604,6 +638,7 @@ def describe_case(case: Case) -> dict[str, Any]:
         "dtype": str(case.dtype).removeprefix("torch."),
         "flops": case.flops.of(case.sizes),
         "flops_formula": case.flops.text,
+        "traffic_formula": case.traffic.text if case.traffic else None,
         "sweep": case.sweep,
         "tags": list(case.tags),
     }

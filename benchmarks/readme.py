@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import Report, duration, machine_lines, rows_of, size, write_atomically
+from .report import Report, duration, machine_lines, peak_share, rows_of, size, write_atomically
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 OURS = "fastloss"
@@ -43,7 +43,7 @@ def block(report: Report, source: str) -> str:
             duration(ours["time"]["median"]),
             _ratio(eager, ours),
             ", ".join(others) or "not measured",
-            f"{100 * ours['peak_share']:.0f}%" if ours["peak_share"] else "not counted",
+            peak_share(ours) if ours["peak_share"] else "not counted",
             _memory(ours),
             _memory(eager),
         ]

@@ -24,10 +24,13 @@ COLUMNS = (
     "gradient error (times eager's)",
 )
 METHOD = """\
-- One time is one forward and one backward pass, or the forward pass of a case without gradients. Providers take turns;
-  the speed-up is the median, over rounds, of the ratio within a round (in brackets: 20% and 80% quantiles).
+- One time is one forward and one backward pass, or the forward pass of a case without gradients; of cases below a
+  millisecond, the mean of several passes in a row. Providers take turns; the speed-up is the median, over rounds, of
+  the ratio within a round (in brackets: 20% and 80% quantiles).
 - "% of mm peak": the case's flop model divided by the median time, as a share of the best `torch.mm` measured in this
-  run. The model is the same for all providers, whatever they really compute.
+  run. The model is the same for all providers, whatever they really compute. Where memory traffic and not arithmetic
+  is the floor, the share of the copy bandwidth is given as well: the bytes that any implementation must move, divided
+  by the median time and by the best of `torch.Tensor.copy_` in this run.
 - "extra memory": growth of the resident set's high-water mark (VmHWM) over one pass, less the gradients, in a process
   of its own, counted from the level after the inputs exist and a smaller pass has run (for compiled code: a full pass).
 - "gradient error": largest difference from dense float64, relative to the largest entry, at the reduced size of the
@@ -61,6 +64,11 @@ def case_heading(case: Mapping[str, Any]) -> str:
     return f"{case['name']}: {case['op']}, {sizes}, {case['dtype']}"
 
 
+def models(case: Mapping[str, Any]) -> str:
+    traffic = case["traffic_formula"]
+    return f"flop model: {case['flops_formula']}" + (f"; traffic model: {traffic}" if traffic else "")
+
+
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The cells of one result, in the order of COLUMNS; a row without measurements says why in the second one."""
     if row["status"] != "ok":
@@ -78,10 +86,15 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["provider"],
         shown,
         f"{speedup['median']:.2f}x [{speedup['q20']:.2f}, {speedup['q80']:.2f}]" if speedup else "",
-        f"{100 * row['peak_share']:.0f}%",
+        peak_share(row),
         memory,
         f"{check['gradient_error']:.1e}" + (f" ({ratio:.2g}x)" if ratio is not None else ""),
     )
+
+
+def peak_share(row: Mapping[str, Any]) -> str:
+    traffic = row["traffic_share"]
+    return f"{100 * row['peak_share']:.0f}%" + (f", {100 * traffic:.0f}% of copy" if traffic is not None else "")
 
 
 def not_measured(report: Report, case: Mapping[str, Any]) -> list[str]:
@@ -110,6 +123,7 @@ def machine_lines(report: Report) -> list[str]:
     for name, meaning in (("square", "large square product"), ("tile", "one similarity tile")):
         before, after = peak["before"][name], peak["after"][name]
         lines.append(f"torch.mm, {meaning}: {before:.0f} GFLOP/s before the cases, {after:.0f} after")
+    lines.append(f"copy: {peak['before']['copy']:.1f} GB/s read and written before, {peak['after']['copy']:.1f} after")
     return lines
 
 
@@ -122,7 +136,7 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
     parts += [f"- {line}" for line in machine_lines(report)]
     parts += ["", "## How it was measured", "", METHOD]
     for case in report["cases"]:
-        parts += [f"## {case_heading(case)}", "", f"{case['reason']}. Flop model: {case['flops_formula']}.", ""]
+        parts += [f"## {case_heading(case)}", "", f"{case['reason']}; {models(case)}.", ""]
         parts += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
         parts += [_line(cells(row)) for row in rows_of(report, case)]
         parts.append("")

@@ -47,7 +47,8 @@ def linear_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
 # ---------------------------------------------------------------- cost models
 
 # Memory-bound: seven operations a logit, forward and backward; the share of the peak of products says nothing here.
-ROWS = Formula("7·B·C (bytes count: B·C read twice and written once)", lambda s: 7.0 * s["rows"] * s["classes"])
+ROWS = Formula("7·B·C", lambda s: 7.0 * s["rows"] * s["classes"])
+TRAFFIC = Formula("12·B·C bytes (read twice, the gradient written once)", lambda s: 12.0 * s["rows"] * s["classes"])
 
 
 def _dense_linear(s: Sizes) -> float:
@@ -150,7 +151,7 @@ _PAIR = frozenset({"fastloss", "eager"})
 
 def _rows(name: str, rows: int, classes: int, reason: str, **options: object) -> Case:
     sizes = {"rows": rows, "classes": classes, "dim": 1}
-    return Case(name, FAMILY, "z_loss", reason, sizes, logits_inputs, ROWS, **options)  # type: ignore[arg-type]
+    return Case(name, FAMILY, "z_loss", reason, sizes, logits_inputs, ROWS, traffic=TRAFFIC, **options)  # type: ignore[arg-type]
 
 
 def _linear(name: str, rows: int, classes: int, dim: int, reason: str, **options: object) -> Case:

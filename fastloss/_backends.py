@@ -7,6 +7,7 @@ does the work. The choice is one dictionary lookup, so `use_backend` can change 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import platform
@@ -94,4 +95,9 @@ def implementation(family: str, device: torch.device) -> ModuleType:
             name = PORTABLE
     elif name == NATIVE and device.type != "cpu":
         raise RuntimeError(f"use_backend: backend 'native' serves CPU tensors only, got a tensor on {device}")
-    return importlib.import_module(f"fastloss.{family}.{name}")
+    return _module(family, name)
+
+
+@functools.cache
+def _module(family: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"fastloss.{family}.{backend}")

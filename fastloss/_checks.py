@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,14 +13,26 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_reduction(function: str, reduction: Any) -> None:
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"{function}: `reduction` must be 'none', 'sum' or 'mean', got {reduction!r}")
+    check_choice(function, "reduction", reduction, ("none", "sum", "mean"))
+
+
+def check_flag(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: `{name}` must be True or False, got {type(value).__name__}")
+
+
+def check_strided(function: str, name: str, x: Tensor) -> None:
+    """A tensor with numbers at every place; not sparse, not nested."""
+    if x.is_nested or x.layout != torch.strided:
+        got = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(f"{function}: `{name}` must be a dense tensor, of layout torch.strided, got {got}")
 
 
 def check_floating(function: str, name: str, x: Any, shape: str, dims: int) -> None:
     """A floating-point tensor of `dims` dimensions; `shape` is how the message writes it, as in "(B, D)"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: `{name}` must be a tensor of shape {shape}, got {type(x).__name__}")
+    check_strided(function, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{function}: `{name}` must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.dim() != dims:
@@ -42,6 +55,7 @@ def check_ids(function: str, name: str, ids: Any, shape: tuple[int, ...], other_
     """Integer ids of the given shape, as contiguous int64."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{function}: `{name}` must be an integer tensor of shape {shape}, got {type(ids).__name__}")
+    check_strided(function, name, ids)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"{function}: `{name}` must be an integer tensor, got {ids.dtype}")
     if tuple(ids.shape) != shape:
@@ -50,32 +64,52 @@ def check_ids(function: str, name: str, ids: Any, shape: tuple[int, ...], other_
     return ids.to(torch.int64).contiguous()
 
 
-def check_scalar_or_rows(function: str, name: str, value: Any, rows: int, x: Tensor, *, positive: bool) -> Tensor:
-    """A temperature or scale as a 0-dim or (rows,) tensor in the accumulation dtype of x, differentiable if it was."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def check_scale(
+    function: str, name: str, value: Any, *, positive: bool, least: float = 0.0, dtype: torch.dtype = torch.float64
+) -> None:
+    """A temperature or scale: a floating-point tensor, or a number that `dtype` holds, with its reciprocal if positive.
+
+    Of a tensor, only what it is: its values may be on another device.
+    """
     if isinstance(value, Tensor):
-        result: Tensor
+        check_strided(function, name, value)
         if value.dtype not in FLOATS:
             raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {value.dtype}")
-        if value.numel() == 1 and value.dim() <= 1:
-            result = value.reshape(())
-        elif tuple(value.shape) in ((rows,), (rows, 1)):
-            result = value.reshape(rows)
-        else:
-            raise ValueError(
-                f"{function}: `{name}` must be a float, a 0-dim tensor or one value a row ({rows},), "
-                f"got shape {tuple(value.shape)}"
-            )
-        if result.dim():
-            check_device(function, name, result, "the features", x)
-        return result.to(device=x.device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{function}: `{name}` must be a float or a floating-point tensor, got {type(value).__name__}")
+    if not isinstance(value, (int, float)):
+        value = float(value)
     # Comparisons, not math.isfinite: torch.compile traces them for a float that it made dynamic.
     limit = torch.finfo(dtype).max
-    if not -limit <= value <= limit or (positive and value < 1 / limit):
-        raise ValueError(f"{function}: `{name}` must be finite{' and positive' if positive else ''}, got {value}")
-    return torch.full((), value, dtype=dtype, device=x.device)
+    if not -limit <= value <= limit or (positive and value < max(least, 1 / limit)):
+        bound = f" and at least {least}" if least else " and positive" if positive else ""
+        many = isinstance(value, int) and value.bit_length() > 64
+        got = f"an integer of {value.bit_length()} bits" if many else value
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {got}")
+
+
+def check_scalar_or_rows(
+    function: str, name: str, value: Any, rows: int | None, x: Tensor, *, positive: bool, least: float = 0.0
+) -> Tensor:
+    """A temperature or scale as a 0-dim or (rows,) tensor in the accumulation dtype of x, differentiable if it was."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_scale(function, name, value, positive=positive, least=least, dtype=dtype)
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=dtype, device=x.device)
+    result: Tensor
+    if value.numel() == 1:
+        result = value.reshape(())
+    elif rows is not None and tuple(value.shape) in ((rows,), (rows, 1)):
+        result = value.reshape(rows)
+    else:
+        per_row = "" if rows is None else f", or one value a row ({rows},)"
+        raise ValueError(
+            f"{function}: `{name}` must be a float or a tensor of one element{per_row}, got shape {tuple(value.shape)}"
+        )
+    if result.dim() or result.device.type != "cpu":
+        check_device(function, name, result, "the features", x)
+    return result.to(device=x.device, dtype=dtype)
 
 
 def check_number(
@@ -122,3 +156,9 @@ def check_group(function: str, group: Any) -> None:
             f"{function}: `group` must be None or a process group of one rank in this version of fastloss, "
             f"got {size} ranks"
         )
+
+
+def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        shown = ", ".join(repr(choice) for choice in choices[:-1])
+        raise ValueError(f"{function}: `{name}` must be {shown} or {choices[-1]!r}, got {value!r}")

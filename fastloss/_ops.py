@@ -53,15 +53,22 @@ def batch(names: Iterable[str]) -> None:
 
 def _loop_over_batch(op: Any) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        if size == 0:  # one call on zeros, whose results are dropped, tells their shapes
+            args = tuple(x if dim is None else _one_of_zeros(x, dim) for x, dim in zip(args, in_dims, strict=True))
         calls = [
             op(*(x if dim is None else x.select(dim, b) for x, dim in zip(args, in_dims, strict=True)))
-            for b in range(info.batch_size)
+            for b in range(max(size, 1))
         ]
         if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        return tuple(torch.stack(out) for out in zip(*calls, strict=True)), (0,) * len(calls[0])
+            return torch.stack(calls)[:size], 0
+        return tuple(torch.stack(out)[:size] for out in zip(*calls, strict=True)), (0,) * len(calls[0])
 
     return rule
+
+
+def _one_of_zeros(x: Tensor, dim: int) -> Tensor:
+    return x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

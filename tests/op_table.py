@@ -47,11 +47,19 @@ class Op:
     def raw(self) -> Any:
         return getattr(torch.ops.fastloss, self.name + "_fwd").default
 
+    def outputs(self, *args: Any) -> list[Tensor]:
+        """The differentiable ones."""
+        out = self.function.apply(*args) if isinstance(self.function, type) else self.function(*args)
+        return [out] if isinstance(out, Tensor) else [o for o in out if (o.requires_grad or self.closed) and o.numel()]
+
     def loss(self, *args: Any) -> Tensor:
         """A scalar of all differentiable outputs, with weights that differ from entry to entry."""
-        out = self.function.apply(*args) if isinstance(self.function, type) else self.function(*args)
-        outs = [out] if isinstance(out, Tensor) else [o for o in out if (o.requires_grad or self.closed) and o.numel()]
+        outs = self.outputs(*args)
         return sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in outs)
+
+    def plain_sum(self, *args: Any) -> Tensor:
+        """The same with weights of one."""
+        return torch.cat([o.flatten() for o in self.outputs(*args)]).sum()
 
 
 FAMILIES = sorted(p.parent.name for p in Path(__file__).parent.glob("*/op_rows.py"))

@@ -20,15 +20,15 @@ OPS = all_ops()
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 
 
-def differentiable(op: Op, args: tuple[Any, ...]) -> tuple[list[Tensor], Any]:
-    """The differentiable arguments, requiring grad, and the op's scalar loss as a function of them."""
+def differentiable(op: Op, args: tuple[Any, ...], scalar: Any = Op.loss) -> tuple[list[Tensor], Any]:
+    """The differentiable arguments, requiring grad, and a scalar of the op as a function of them."""
     leaves = [args[i].clone().requires_grad_() for i in op.differentiable]
 
     def loss(*values: Tensor) -> Tensor:
         full = list(args)
         for i, value in zip(op.differentiable, values, strict=True):
             full[i] = value
-        return op.loss(*full)
+        return scalar(op, *full)
 
     return leaves, loss
 
@@ -93,6 +93,15 @@ def test_vmap_equals_a_loop(op: Op) -> None:
         one = [x[b].clone().requires_grad_() for x in batch]
         (want,) = torch.autograd.grad(loss(*one), one[:1])
         torch.testing.assert_close(value[b], want, rtol=1e-14, atol=1e-14)
+
+
+@every_op
+def test_vmap_over_nothing_is_empty(op: Op) -> None:
+    leaves, total = differentiable(op, op.sample(), Op.plain_sum)  # torch does not multiply scalars of such a batch
+    batch = [x.detach().new_zeros((0, *x.shape)) for x in leaves]
+    gradients = torch.func.vmap(torch.func.grad(total, argnums=tuple(range(len(batch)))))(*batch)
+    for gradient, x in zip(gradients, batch, strict=True):
+        assert gradient.shape == x.shape
 
 
 @every_op

@@ -11,6 +11,8 @@ using fastloss::cpu::kRingPairs;
 // Orders of a product computed together: each takes two accumulators, of 16 registers at least.
 constexpr int kTile = 4;
 constexpr int64_t kPad = kTile - 1;  // zeros on both sides of a spectrum, so that tiles need no bounds
+// Lane blocks that go through the sparse tensor together: its entries, and the branches between them, are read once.
+constexpr int kAbreast = 4;
 
 FASTLOSS_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTLOSS_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -83,22 +85,23 @@ constexpr int kFour = Lanes<T>::kCount < 4 ? Lanes<T>::kCount : 4;
 template <class T>
 constexpr int kNine = Lanes<T>::kCount < 9 ? Lanes<T>::kCount : 9;
 
-template <class T, int N>
+template <class T, int N, int A>
 FASTLOSS_INLINE void read_tile(const T* x, int64_t d, int64_t columns, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount;
   Vec<T> tile[kN];
 #pragma GCC unroll 16
   for (int l = 0; l < kN; ++l) tile[l] = load(x + l * d);
   columns_of<T, N, kN / 2>(tile);
-  for (int64_t k = 0; k < columns; ++k) out[k] = tile[k];
+  for (int64_t k = 0; k < columns; ++k) out[k * A] = tile[k];
 }
 
 // What a short row writes into the next is overwritten by it; the last rows of the block must not write beyond.
-template <class T, int N>
+template <class T, int N, int A>
 FASTLOSS_INLINE void write_tile(T* y, int64_t d, int64_t columns, int64_t room, const Vec<T>* in) {
   constexpr int kN = Lanes<T>::kCount;
-  Vec<T> tile[kN]{};
-  for (int64_t k = 0; k < columns; ++k) tile[k] = in[k];
+  Vec<T> tile[kN];
+#pragma GCC unroll 16
+  for (int k = 0; k < kN; ++k) tile[k] = k < N && k < columns ? in[k * A] : Vec<T>{};
   rows_of<T, N, 1>(tile);
 #pragma GCC unroll 16
   for (int l = 0; l < kN; ++l)
@@ -110,7 +113,7 @@ FASTLOSS_INLINE void write_tile(T* y, int64_t d, int64_t columns, int64_t room, 
 
 // Lanes of four coefficients fill four vectors, and no lane is split: coefficient k of lane l is number 4 l + k of
 // them.
-template <class T>
+template <class T, int A>
 FASTLOSS_INLINE void read_fours(const T* x, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount, kHalf = kN / 2;
   Vec<T> in[4], half[2][2];  // half[h][j]: coefficients 2 j and 2 j + 1 of half the lanes
@@ -120,45 +123,48 @@ FASTLOSS_INLINE void read_fours(const T* x, Vec<T>* out) {
       half[h][j] = pick<T>(in[2 * h], in[2 * h + 1], [j](int c) { return 4 * (c % kHalf) + 2 * j + c / kHalf; });
   for (int j = 0; j < 2; ++j)
     for (int k = 0; k < 2; ++k)
-      out[2 * j + k] = pick<T>(half[0][j], half[1][j], [k](int c) { return c % kHalf + k * kHalf + c / kHalf * kN; });
+      out[(2 * j + k) * A] =
+          pick<T>(half[0][j], half[1][j], [k](int c) { return c % kHalf + k * kHalf + c / kHalf * kN; });
 }
 
-template <class T>
+template <class T, int A>
 FASTLOSS_INLINE void write_fours(T* y, const Vec<T>* in) {
   constexpr int kN = Lanes<T>::kCount, kHalf = kN / 2;
   Vec<T> half[2][2];
   for (int j = 0; j < 2; ++j)
     for (int h = 0; h < 2; ++h)
-      half[h][j] = pick<T>(in[2 * j], in[2 * j + 1], [h](int c) { return c % kHalf + h * kHalf + c / kHalf * kN; });
+      half[h][j] =
+          pick<T>(in[2 * j * A], in[(2 * j + 1) * A], [h](int c) { return c % kHalf + h * kHalf + c / kHalf * kN; });
   for (int h = 0; h < 2; ++h)
     for (int i = 0; i < 2; ++i)
       store(y + (2 * h + i) * kN, pick<T>(half[h][0], half[h][1],
                                           [i](int c) { return c % 4 / 2 * kN + c % 2 * kHalf + c / 4 + i * kN / 4; }));
 }
 
-template <class T>
+// Coefficient i of the block goes to out[A i].
+template <class T, int A>
 void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int count, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount;
   if (side_by_side(p, lane, count)) {
     x += offset_of(p, lane, d);
-    for (int64_t i = 0; i < d; ++i) out[i] = load(x + i * p.channels);
+    for (int64_t i = 0; i < d; ++i) out[i * A] = load(x + i * p.channels);
     return;
   }
   // Rows of less than a vector are read with the beginning of the next, if there is one.
   if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
     x += lane * d;
     if (d == 4 && kN >= 4) {
-      read_fours<T>(x, out);
+      read_fours<T, A>(x, out);
     } else if (d < 4 && kN >= 4) {
-      read_tile<T, kFour<T>>(x, d, d, out);
+      read_tile<T, kFour<T>, A>(x, d, d, out);
     } else if (d <= 9 && kN > 9) {
-      read_tile<T, kNine<T>>(x, d, d, out);
+      read_tile<T, kNine<T>, A>(x, d, d, out);
     } else if (d < kN) {
-      read_tile<T, kN>(x, d, d, out);
+      read_tile<T, kN, A>(x, d, d, out);
     } else {
       for (int64_t i = 0; i < d; i += kN) {
         const int64_t first = lesser(i, d - kN);  // the last tile overlaps the one before
-        read_tile<T, kN>(x + first, d, kN, out + first);
+        read_tile<T, kN, A>(x + first, d, kN, out + first * A);
       }
     }
     return;
@@ -167,32 +173,32 @@ void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, i
   T* flat = reinterpret_cast<T*>(out);
   for (int l = 0; l < kN; ++l) {
     const T* from = x + offset_of(p, lane + (l < count ? l : 0), d);  // missing lanes repeat the first
-    for (int64_t i = 0; i < d; ++i) flat[i * kN + l] = from[i * stride];
+    for (int64_t i = 0; i < d; ++i) flat[i * A * kN + l] = from[i * stride];
   }
 }
 
-template <class T>
+template <class T, int A>
 void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int count, const Vec<T>* in) {
   constexpr int kN = Lanes<T>::kCount;
   if (side_by_side(p, lane, count)) {
     y += offset_of(p, lane, d);
-    for (int64_t i = 0; i < d; ++i) store(y + i * p.channels, in[i]);
+    for (int64_t i = 0; i < d; ++i) store(y + i * p.channels, in[i * A]);
     return;
   }
   if (p.channels == 0 && count == kN) {
     y += lane * d;
     if (d == 4 && kN >= 4) {
-      write_fours<T>(y, in);
+      write_fours<T, A>(y, in);
     } else if (d < 4 && kN >= 4) {
-      write_tile<T, kFour<T>>(y, d, d, kN * d, in);
+      write_tile<T, kFour<T>, A>(y, d, d, kN * d, in);
     } else if (d <= 9 && kN > 9) {
-      write_tile<T, kNine<T>>(y, d, d, kN * d, in);
+      write_tile<T, kNine<T>, A>(y, d, d, kN * d, in);
     } else if (d < kN) {
-      write_tile<T, kN>(y, d, d, kN * d, in);
+      write_tile<T, kN, A>(y, d, d, kN * d, in);
     } else {
       for (int64_t i = 0; i < d; i += kN) {
         const int64_t first = lesser(i, d - kN);
-        write_tile<T, kN>(y + first, d, kN, kN * d - first, in + first);
+        write_tile<T, kN, A>(y + first, d, kN, kN * d - first, in + first * A);
       }
     }
     return;
@@ -201,7 +207,7 @@ void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int co
   const T* flat = reinterpret_cast<const T*>(in);
   for (int l = 0; l < count; ++l) {
     T* to = y + offset_of(p, lane + l, d);
-    for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * kN + l];
+    for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * A * kN + l];
   }
 }
 
@@ -317,7 +323,7 @@ FASTLOSS_INLINE void from_rings(const GauntProgram<T>& p, const Vec<T>* h, int64
 // Scratch of one thread, in vectors.
 template <class T>
 struct Scratch {
-  Vec<T>* inputs;      // coefficients of all inputs, one after the other, and a one
+  Vec<T>* inputs;      // coefficients of all inputs, one after the other, and by the sparse tensor a one
   Vec<T>* outputs;     // of all outputs
   Vec<T>* spectra;     // of all inputs, 2 kRingPairs rings each
   Vec<T>* partial[2];  // spectra of products of some of a term's factors
@@ -332,8 +338,10 @@ FASTLOSS_INLINE int64_t coefficients_of(const int64_t* degrees, int64_t count) {
 
 template <class T>
 int64_t scratch(const GauntProgram<T>& p) {
-  int64_t vectors = coefficients_of(p.in_degree, p.inputs) + 1 + coefficients_of(p.out_degree, p.outputs);
-  if (!p.entries) {
+  int64_t vectors = coefficients_of(p.in_degree, p.inputs) + coefficients_of(p.out_degree, p.outputs);
+  if (p.entries) {
+    vectors = (vectors + 1) * kAbreast;
+  } else {
     vectors += 2 * spectrum_size(p.band) + 2 * kRingPairs * 2 * (p.band + 1);
     for (int64_t i = 0; i < p.inputs; ++i) vectors += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
   }
@@ -420,15 +428,19 @@ void add_pairs(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* sp
 
 constexpr int64_t kMostInputs = 64;
 
-// Coefficients of the outputs of one lane block by the entries of the Gaunt tensor.
+// Coefficients of the outputs of kAbreast lane blocks by the entries of the Gaunt tensor.
 template <class T>
-void add_entries(const GauntProgram<T>& p, const Vec<T>* x, int64_t out_size, Vec<T>* y) {
+void by_entries(const GauntProgram<T>& p, const Vec<T>* x, int64_t out_size, Vec<T>* y) {
   const GauntEntry<T>* entry = p.entries;
-  for (int64_t k = 0; k < out_size; ++k) {
-    Vec<T> sum{};
-    for (const GauntEntry<T>* end = entry + p.entry_counts[k]; entry < end; ++entry)
-      sum += x[entry->a] * x[entry->b] * entry->value;
-    y[k] = sum;
+  for (int64_t k = 0; k < out_size; ++k, y += kAbreast) {
+    Vec<T> sum[kAbreast]{};
+    for (const GauntEntry<T>* end = entry + p.entry_counts[k]; entry < end; ++entry) {
+      const Vec<T>*a = x + int64_t(entry->a) * kAbreast, *b = x + int64_t(entry->b) * kAbreast;
+#pragma GCC unroll 4
+      for (int n = 0; n < kAbreast; ++n) sum[n] += a[n] * b[n] * entry->value;
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kAbreast; ++n) y[n] = sum[n];
   }
 }
 
@@ -449,9 +461,35 @@ void add_rings(const GauntProgram<T>& p, const Scratch<T>& at, const int64_t* sp
   }
 }
 
+// Reads, computes and writes lane blocks begin..end, A at a time; compute(inputs, outputs).
+template <class T, int A, class F>
+FASTLOSS_INLINE void each_block(const GauntProgram<T>& p, const Scratch<T>& at, int64_t begin, int64_t end,
+                                const F& compute) {
+  constexpr int kN = Lanes<T>::kCount;
+  for (int64_t block = begin; block < end; block += A) {
+    const int64_t blocks = lesser(A, end - block);
+    auto each = [&](const int64_t* degrees, int64_t tensors, Vec<T>* at, const auto& move) {
+      for (int64_t i = 0; i < tensors; ++i) {
+        const int64_t d = square(degrees[i] + 1);
+        for (int64_t n = 0; n < blocks; ++n) {
+          const int64_t lane = (block + n) * kN;
+          move(i, d, lane, int(lesser(kN, p.lanes - lane)), at + n);
+        }
+        at += d * A;
+      }
+    };
+    each(p.in_degree, p.inputs, at.inputs, [&](int64_t i, int64_t d, int64_t lane, int count, Vec<T>* x) {
+      read_lanes<T, A>(p, p.x[i], d, lane, count, x);
+    });
+    compute(at.inputs, at.outputs);
+    each(p.out_degree, p.outputs, at.outputs, [&](int64_t o, int64_t d, int64_t lane, int count, Vec<T>* y) {
+      write_lanes<T, A>(p, p.y[o], d, lane, count, y);
+    });
+  }
+}
+
 template <class T>
 void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end) {
-  constexpr int kN = Lanes<T>::kCount;
   const uintptr_t address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
   Vec<T>* next = reinterpret_cast<Vec<T>*>(address);
   auto take = [&](int64_t vectors) {
@@ -461,49 +499,35 @@ void run_blocks(const GauntProgram<T>& p, T* memory, int64_t begin, int64_t end)
   };
   const int64_t in_size = coefficients_of(p.in_degree, p.inputs), out_size = coefficients_of(p.out_degree, p.outputs);
   Scratch<T> at;
-  at.inputs = take(in_size + 1);
+  if (p.entries) {
+    at.inputs = take((in_size + 1) * kAbreast);
+    at.outputs = take(out_size * kAbreast);
+    for (int64_t i = 0; i < in_size * kAbreast; ++i) at.inputs[i] = Vec<T>{};  // of blocks that are not there
+    for (int n = 0; n < kAbreast; ++n) at.inputs[in_size * kAbreast + n] = splat<T>(1);
+    each_block<T, kAbreast>(p, at, begin, end, [&](const Vec<T>* x, Vec<T>* y) { by_entries(p, x, out_size, y); });
+    return;
+  }
+  at.inputs = take(in_size);
   at.outputs = take(out_size);
   int64_t spectrum_at[kMostInputs];
-  if (p.entries) {
-    at.inputs[in_size] = splat<T>(1);
-  } else {
-    int64_t spectra = 0;
-    for (int64_t i = 0; i < p.inputs; ++i) {
-      spectrum_at[i] = spectra;
-      spectra += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
-    }
-    at.spectra = take(spectra);
-    at.partial[0] = take(spectrum_size(p.band));
-    at.partial[1] = take(spectrum_size(p.band));
-    at.sums = take(2 * kRingPairs * 2 * (p.band + 1));
-    for (int64_t i = 0; i < p.inputs; ++i) {  // the zeros beside the spectra stay
-      const int64_t size = spectrum_size(p.in_degree[i]);
-      for (int64_t ring = 0; ring < 2 * kRingPairs; ++ring)
-        put_zeros<T>(at.spectra + spectrum_at[i] + ring * size + size / 2 - 1, p.in_degree[i]);
-    }
+  int64_t spectra = 0;
+  for (int64_t i = 0; i < p.inputs; ++i) {
+    spectrum_at[i] = spectra;
+    spectra += 2 * kRingPairs * spectrum_size(p.in_degree[i]);
   }
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t lane = block * kN;
-    const int count = int(lesser(kN, p.lanes - lane));
-    Vec<T>* x = at.inputs;
-    for (int64_t i = 0; i < p.inputs; ++i) {
-      const int64_t d = square(p.in_degree[i] + 1);
-      read_lanes(p, p.x[i], d, lane, count, x);
-      x += d;
-    }
-    if (p.entries) {
-      add_entries(p, at.inputs, out_size, at.outputs);
-    } else {
-      for (int64_t i = 0; i < out_size; ++i) at.outputs[i] = Vec<T>{};
-      add_rings(p, at, spectrum_at);
-    }
-    const Vec<T>* y = at.outputs;
-    for (int64_t o = 0; o < p.outputs; ++o) {
-      const int64_t d = square(p.out_degree[o] + 1);
-      write_lanes(p, p.y[o], d, lane, count, y);
-      y += d;
-    }
+  at.spectra = take(spectra);
+  at.partial[0] = take(spectrum_size(p.band));
+  at.partial[1] = take(spectrum_size(p.band));
+  at.sums = take(2 * kRingPairs * 2 * (p.band + 1));
+  for (int64_t i = 0; i < p.inputs; ++i) {  // the zeros beside the spectra stay
+    const int64_t size = spectrum_size(p.in_degree[i]);
+    for (int64_t ring = 0; ring < 2 * kRingPairs; ++ring)
+      put_zeros<T>(at.spectra + spectrum_at[i] + ring * size + size / 2 - 1, p.in_degree[i]);
   }
+  each_block<T, 1>(p, at, begin, end, [&](const Vec<T>*, Vec<T>* y) {
+    for (int64_t i = 0; i < out_size; ++i) y[i] = Vec<T>{};
+    add_rings(p, at, spectrum_at);
+  });
 }
 
 template <class T>

@@ -214,6 +214,7 @@ void sort_row(const T* x, int64_t n, Range<T> range, T* key, int32_t* order, Buf
 using Doubles = Vec<double>;
 
 // |d|^p for 0 < p; the exponent's part of p log2 |d| is kept apart, so that no digits are lost for large and small d.
+// What is rounded is the whole of it: the parts of a power out of range may be infinite and zero, their product NaN.
 FASTLOSS_INLINE Doubles power(Doubles d, double p) {
   typedef Bits<double> Longs;
   Doubles x = d < 0 ? -d : d;
@@ -231,7 +232,7 @@ FASTLOSS_INLINE Doubles power(Doubles d, double p) {
   const Doubles log2 = series * s * 2.8853900817779268147;  // 2 / ln 2
   const Doubles whole = __builtin_convertvector(exponent, Doubles);
   const Doubles product = whole * p;
-  const Doubles rounded = (product + Lanes<double>::kRound) - Lanes<double>::kRound;
+  const Doubles rounded = ((product + p * log2) + Lanes<double>::kRound) - Lanes<double>::kRound;
   Doubles rest;
   for (int l = 0; l < Lanes<double>::kCount; ++l) rest[l] = __builtin_fma(whole[l], p, -product[l]);
   Doubles result = exp2<double>((product - rounded) + (rest + p * log2)) * exp2<double>(rounded);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastloss._checks import (
     check_device,
+    check_flag,
     check_floating,
     check_group,
     check_ids,
@@ -30,6 +31,7 @@ from fastloss.contrastive.tiles import NORM_EPS
 # nt_xent up to this rows^2 * width takes one op at 6 flops for each instead of three ops at 4: the calls that are saved
 # are worth more there. 512 rows at width 256, tried on two Zen 4 cores (no committed measurement).
 SMALL_SELF_SIMILARITY = 1 << 26
+MIN_TEMPERATURE = 1e-8  # of nt_xent, as lightly's
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,7 +65,7 @@ def info_nce(
         positive_key: (B, D); row i is the positive of query i.
         negative_keys: None: the negatives of query i are the other rows of `positive_key`. Else the only negatives:
             (M, D) shared by all queries ("unpaired") or (B, M, D), M for each ("paired").
-        temperature: float > 0, or a tensor, differentiable: 0-dim, or one value a query, (B,) or (B, 1).
+        temperature: float > 0, or a tensor, differentiable: of one element, or one value a query, (B,) or (B, 1).
         reduction: "none" gives (B,); "sum"; "mean".
         negative_mode: "unpaired" or "paired"; matters only with `negative_keys`.
         normalize: False takes dot products for c_ij instead of cosines.
@@ -79,13 +81,17 @@ def info_nce(
     Returns:
         float64 for float64 inputs, float32 otherwise (16-bit inputs are multiplied and summed in float32).
         A query with no negatives left has loss 0. B = 0 gives 0 for "sum" and NaN for "mean".
-        A row of zeros has cosine 0 with everything, and gradient 0. NaN in a row makes every loss that uses it NaN.
+        A row of zeros has cosine 0 with everything, and gradient 0. So has a row longer than 1.8e19 (float64: 1.3e154)
+        or without an entry above 2.6e-23 (1.6e-162): the sum of its squares is infinite or zero.
+        NaN in a row makes every loss that uses it NaN. So does a positive of similarity +inf, also by overflow; one of
+        -inf makes its loss +inf.
 
     Raises:
-        TypeError: not tensors, or not of a floating (ids: integer) dtype.
+        TypeError: not dense tensors, or not of a floating (ids: integer) dtype; a flag that is no bool.
         ValueError: shapes or devices that do not fit, a float temperature that is not finite and positive,
             unknown `reduction` or `negative_mode`, options that exclude each other.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative or a forward-mode one (``torch.func.jvp``, ``hessian``) is asked for, except
+            with "paired" negatives, which are plain PyTorch and have both.
 
     Memory:
         O((B + M) D): the gradients, one tile of 2 MiB, and normalised keys of up to 16 MiB or blocks of 3072 D
@@ -95,7 +101,8 @@ def info_nce(
         "paired" stores its (B, M) logits, fewer than its inputs.
 
     Determinism:
-        The result does not depend on the number of threads as far as the BLAS library's products do not.
+        The result does not depend on the number of threads as far as the BLAS library's products do not (MKL's do on
+        some processors, for deep and narrow ones).
 
     Source:
         van den Oord, Li and Vinyals, *Representation learning with contrastive predictive coding*, 2018.
@@ -106,6 +113,8 @@ def info_nce(
         tensor(0.5514)
     """
     name = "info_nce"
+    check_flag(name, "normalize", normalize)
+    check_flag(name, "symmetric", symmetric)
     check_reduction(name, reduction)
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"{name}: `negative_mode` must be 'unpaired' or 'paired', got {negative_mode!r}")
@@ -215,8 +224,9 @@ def clip_loss(
         image_features: (B, D), normalised by the caller; float64, float32, bfloat16 or float16; any strides.
         text_features: (B, D), likewise; row i belongs to image i.
         logit_scale: s, the factor itself (open_clip's models return ``logit_scale.exp()``): float, or a
-            differentiable tensor, 0-dim or one value a row (B,).
-        logit_bias: a constant added to all logits. The loss does not depend on it; its gradient is zero.
+            differentiable tensor, of one element or one value a row (B,).
+        logit_bias: a constant added to all logits, float or tensor of one element. The loss does not depend on it; its
+            gradient is zero.
         output_dict: True returns ``{"contrastive_loss": loss}``.
         reduction: "none" gives (B,); "sum"; "mean".
         image_ids: (B,) integers; pairs of equal id other than (i, i) are left out (false negatives).
@@ -241,6 +251,7 @@ def clip_loss(
         tensor(0.0001)
     """
     name = "clip_loss"
+    check_flag(name, "output_dict", output_dict)
     check_reduction(name, reduction)
     _check_pair(name, "image_features", image_features, "text_features", text_features)
     check_group(name, group)
@@ -255,7 +266,7 @@ def clip_loss(
         text_ids = check_ids(name, "text_ids", text_ids, (b,), "image_features", image_features)
     bias = None
     if logit_bias is not None:
-        bias = check_scalar_or_rows(name, "logit_bias", logit_bias, 1, image_features, positive=False)
+        bias = check_scalar_or_rows(name, "logit_bias", logit_bias, None, image_features, positive=False)
     if reduction == "none":
         row, col, diagonal = similarity_lse(
             image_features, text_features, scale, scale, q_ids=image_ids, k_ids=text_ids, drop_diagonal=True
@@ -293,7 +304,7 @@ def nt_xent(
     Args:
         z0: (B, D) first views; float64, float32, bfloat16 or float16; any strides.
         z1: (B, D) second views.
-        temperature: float >= 1e-8, or a differentiable tensor, 0-dim or one value a sample (B,).
+        temperature: float >= 1e-8, or a differentiable tensor, of one element or one value a sample (B,).
         reduction: "none" gives (2B,), the anchors of z0 first; "sum"; "mean".
         normalize: False takes dot products for c_ij instead of cosines.
         ids: (B,) integers; both views of another sample of equal id are left out (false negatives).
@@ -317,14 +328,15 @@ def nt_xent(
         tensor(0.5514)
     """
     name = "nt_xent"
+    check_flag(name, "normalize", normalize)
     check_reduction(name, reduction)
     _check_pair(name, "z0", z0, "z1", z1)
     check_group(name, group)
     b = len(z0)
-    if isinstance(temperature, (int, float)) and abs(temperature) < 1e-8:
-        raise ValueError(f"{name}: `temperature` must be at least 1e-8, got {temperature}")
     z0, z1 = _common_dtype(z0, z1)
-    scale = check_scalar_or_rows(name, "temperature", temperature, b, z0, positive=True).reciprocal()
+    scale = check_scalar_or_rows(
+        name, "temperature", temperature, b, z0, positive=True, least=MIN_TEMPERATURE
+    ).reciprocal()
     if ids is not None:
         ids = check_ids(name, "ids", ids, (b,), "z0", z0)
     if reduction != "none" and (2 * b) ** 2 * z0.shape[1] <= SMALL_SELF_SIMILARITY:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastloss._checks import check_reduction
-from fastloss.contrastive.functional import clip_loss, info_nce, nt_xent
+from fastloss._checks import check_choice, check_flag, check_reduction, check_scale
+from fastloss.contrastive.functional import MIN_TEMPERATURE, clip_loss, info_nce, nt_xent
 
 
 class InfoNCE(nn.Module):
@@ -32,7 +32,11 @@ class InfoNCE(nn.Module):
         symmetric: bool = False,
     ) -> None:
         super().__init__()
+        check_scale("InfoNCE", "temperature", temperature, positive=True)
         check_reduction("InfoNCE", reduction)
+        check_choice("InfoNCE", "negative_mode", negative_mode, ("unpaired", "paired"))
+        check_flag("InfoNCE", "normalize", normalize)
+        check_flag("InfoNCE", "symmetric", symmetric)
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode
@@ -49,6 +53,7 @@ class InfoNCE(nn.Module):
         key_ids: Tensor | None = None,
         extra_negatives: Tensor | None = None,
     ) -> Tensor:
+        """(B, D) queries and keys, (M, D) or (B, M, D) negatives: a loss of shape () or, for "none", (B,)."""
         return info_nce(
             query,
             positive_key,
@@ -77,6 +82,7 @@ class ClipLoss(nn.Module):
         local_loss, gather_with_grad, rank, world_size: open_clip's description of the distributed loss; `world_size`
             must be 1, which makes the other three irrelevant.
         cache_labels: accepted for compatibility; there are no labels to cache.
+        reduction: as :func:`fastloss.clip_loss`.
 
     Raises:
         ValueError: `world_size` is not 1.
@@ -90,8 +96,11 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
+        check_reduction("ClipLoss", reduction)
         if use_horovod:
             raise ValueError("ClipLoss: `use_horovod` must be False, got True")
         if world_size != 1:
@@ -101,6 +110,7 @@ class ClipLoss(nn.Module):
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
+        self.reduction = reduction
 
     def forward(
         self,
@@ -109,20 +119,38 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        return clip_loss(image_features, text_features, logit_scale, logit_bias, output_dict)
+        """(B, D) features of images and texts, (B,) ids: a loss of shape () or, for "none", (B,); maybe in a dict."""
+        return clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            output_dict,
+            reduction=self.reduction,
+            image_ids=image_ids,
+            text_ids=text_ids,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
 
 
 class NTXentLoss(nn.Module):
     """:func:`fastloss.nt_xent` as a module; a drop-in for ``lightly.loss.NTXentLoss`` without a memory bank.
 
     Args:
-        temperature: as :func:`fastloss.nt_xent`.
-        memory_bank_size: must be 0; a bank of negatives is ``fastloss.info_nce(..., extra_negatives=bank)``.
+        temperature, reduction, normalize: as :func:`fastloss.nt_xent`. A float must be positive, at least 1e-8; an
+            ``nn.Parameter`` is learned.
+        memory_bank_size: must be 0, or a shape that begins with 0; a bank of negatives is
+            ``fastloss.info_nce(..., extra_negatives=bank)``.
         gather_distributed: True asks for the loss over all ranks; the default process group must then have one.
 
     Raises:
-        ValueError: a temperature below 1e-8 in size, or a memory bank.
+        TypeError, ValueError: a temperature that is not finite or below 1e-8, or a memory bank.
     """
 
     def __init__(
@@ -130,27 +158,40 @@ class NTXentLoss(nn.Module):
         temperature: float | Tensor = 0.5,
         memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(temperature, (Tensor, int, float)):
-            got = type(temperature).__name__
-            raise TypeError(f"NTXentLoss: `temperature` must be a float or a floating-point tensor, got {got}")
-        if not isinstance(temperature, Tensor) and abs(temperature) < 1e-8:
-            raise ValueError(f"NTXentLoss: `temperature` must be at least 1e-8, got {temperature}")
-        if memory_bank_size != 0:
+        check_scale("NTXentLoss", "temperature", temperature, positive=True, least=MIN_TEMPERATURE)
+        check_reduction("NTXentLoss", reduction)
+        check_flag("NTXentLoss", "normalize", normalize)
+        rows = memory_bank_size[:1] if isinstance(memory_bank_size, (tuple, list)) else (memory_bank_size,)
+        if tuple(rows) != (0,):
             raise ValueError(
                 "NTXentLoss: `memory_bank_size` must be 0; pass a bank as `extra_negatives` of info_nce, "
                 f"got {memory_bank_size}"
             )
         self.temperature = temperature
         self.gather_distributed = gather_distributed
+        self.reduction = reduction
+        self.normalize = normalize
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+    def forward(self, out0: Tensor, out1: Tensor, *, ids: Tensor | None = None) -> Tensor:
+        """(B, D) views and (B,) ids: a loss of shape () or, for "none", (2B,)."""
         distributed = self.gather_distributed and torch.distributed.is_initialized()
-        return nt_xent(out0, out1, self.temperature, group=torch.distributed.group.WORLD if distributed else None)
+        return nt_xent(
+            out0,
+            out1,
+            self.temperature,
+            reduction=self.reduction,
+            normalize=self.normalize,
+            ids=ids,
+            group=torch.distributed.group.WORLD if distributed else None,
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={_shown(self.temperature)}"
+        return f"temperature={_shown(self.temperature)}, reduction={self.reduction!r}, normalize={self.normalize}"
 
 
 def _shown(temperature: float | Tensor) -> str:

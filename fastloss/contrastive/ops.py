@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._ops import LIBRARY, batch, define, distinct, needs_grad, once, runner, save_unseen
-from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES
+from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES, margin
 
 _SCHEMAS = {
     "similarity_lse_fwd": (
@@ -273,7 +273,7 @@ def pair_nll(
 
 def nll(negatives: Tensor, positive: Tensor) -> Tensor:
     """-log(e^positive / (e^positive + e^negatives)); softplus(x) = x beyond 40 to the last bit of float64."""
-    return F.softplus(negatives - positive, threshold=40)
+    return F.softplus(margin(negatives, positive), threshold=40)
 
 
 def self_similarity_lse(

@@ -50,6 +50,11 @@ def per_row(x: Tensor, part: slice) -> Tensor:
     return x if x.dim() == 0 else x[part]
 
 
+def margin(negatives: Tensor, positive: Tensor) -> Tensor:
+    """negatives - positive, but NaN, not -inf, for a positive of +inf, whose probability is inf / inf."""
+    return negatives - positive - 0 * positive.clamp(min=0)
+
+
 @dataclass
 class Softmax:
     """One direction's state in base 2: the scale, and per row (or column) the online maximum and sum.
@@ -416,9 +421,9 @@ def pair_nll(
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
             epilogue.lse_tile(c, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
-        margin = state.lse().sub_(row_scale * diagonal)
-        totals.append(torch.nn.functional.softplus(margin, threshold=40).sum())
-        upstream, stats = margin.sigmoid_().mul_(1 / directions), state.stats()
+        x = margin(state.lse(), row_scale * diagonal)
+        totals.append(torch.nn.functional.softplus(x, threshold=40).sum())
+        upstream, stats = x.sigmoid_().mul_(1 / directions), state.stats()
         gradient = Gradient.start(row_scale, stats, upstream, need_scale)
         row_grad, col_grad = gradient.direction(0), gradient.direction(1) if symmetric else None
         slope = upstream.sum(0)

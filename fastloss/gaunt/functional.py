@@ -18,7 +18,7 @@ from fastloss.gaunt.tables import NORMALIZATIONS
 
 METHODS = ("auto", "ring", "direct", "fft")
 MOST_FACTORS = 16
-DIRECT_DEGREES = 9  # l1 + l2 + l3 up to which "auto" takes the sparse tensor: measured, see CONTRIBUTING.md
+DIRECT_DEGREES = 12  # l1 + l2 + l3 up to which "auto" takes the sparse tensor: measured, see CONTRIBUTING.md
 
 
 def gaunt_tensor_product(
@@ -62,9 +62,9 @@ def gaunt_tensor_product(
             (l1, l2, l3) has the product of its three factors. Differentiable.
         method: "ring" (exact quadrature over rings of latitude, short Fourier series on each), "direct" (the sparse
             Gaunt tensor: for small degrees, its table grows as L⁵), "fft" (double Fourier series), equal to rounding.
-            "auto": "direct" where l1 + l2 + lmax_out is at most 9, else "ring". As measured with the native kernels:
-            "direct" is faster up to 9, both take the same time at 12 (l1 = l2 = 3), and beyond that the rings win at
-            every degree up to 24, the largest of `benchmarks/gaunt.py`; "fft" has not caught up with them there.
+            "auto": "direct" where l1 + l2 + lmax_out is at most 12, else "ring". As measured with the native kernels:
+            "direct" is faster up to 12 (l1 = l2 = 3), both take about the same time at 16, and beyond that the rings
+            win at every degree up to 24, the largest of `benchmarks/gaunt.py`; "fft" has not caught up with them there.
         normalization: of the harmonics that the coefficients belong to: "integral" (orthonormal), "component"
             (|Y_l|² = 2l + 1) or "norm" (|Y_l| = 1), as e3nn names them.
         dim: -1, or -2 for (..., (l + 1)², C): functions side by side, coefficients in the dimension before.

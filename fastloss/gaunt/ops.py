@@ -23,14 +23,12 @@ from fastloss._ops import LIBRARY, define
 from fastloss.gaunt import program as programs
 from fastloss.gaunt.program import Program, degree_of
 
-_SCHEMAS = {
-    "gaunt_ring_fwd": ("(Tensor[] inputs, int[] out_degrees, int[] terms, bool channels_last, bool direct) -> Tensor[]")
-}
+_SCHEMAS = {"gaunt_ring_fwd": "(Tensor[] inputs, str program, bool channels_last, bool direct) -> Tensor[]"}
 
 
 def _prepare(_: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    inputs, out_degrees, terms, *how = args
-    return inputs, programs.parse(out_degrees, terms), *how
+    inputs, program, *how = args
+    return inputs, programs.parse(program), *how
 
 
 define("gaunt", _SCHEMAS, _prepare)
@@ -38,9 +36,9 @@ _op = torch.ops.fastloss.gaunt_ring_fwd.default
 
 
 @torch.library.register_fake("fastloss::gaunt_ring_fwd", lib=LIBRARY)
-def _(inputs, out_degrees, terms, channels_last, direct):  # type: ignore[no-untyped-def]
+def _(inputs, program, channels_last, direct):  # type: ignore[no-untyped-def]
     lead, tail = (inputs[0].shape[:-2], inputs[0].shape[-1:]) if channels_last else (inputs[0].shape[:-1], ())
-    return [inputs[0].new_empty((*lead, (n + 1) ** 2, *tail)) for n in out_degrees]
+    return [inputs[0].new_empty((*lead, (n + 1) ** 2, *tail)) for n in programs.parse(program).out_degrees]
 
 
 def _vmap(info: Any, in_dims: Any, inputs: Any, *rest: Any) -> tuple[Any, Any]:
@@ -90,8 +88,8 @@ class _Ring(torch.autograd.Function):
 
 def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Runs the program without the inputs that no term has."""
-    keep, out_degrees, terms = program.compact()
-    result: list[Tensor] = _op([inputs[i] for i in keep], out_degrees, terms, *how)
+    keep, text = program.compact()
+    result: list[Tensor] = _op([inputs[i] for i in keep], text, *how)
     return result
 
 
@@ -119,14 +117,14 @@ def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _autograd(inputs: list[Tensor], out_degrees: list[int], terms: list[int], *how: bool) -> list[Tensor]:
+def _autograd(inputs: list[Tensor], text: str, *how: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
     transformed = torch._C._are_functorch_transforms_active()
     if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
         with torch._C._AutoDispatchBelowAutograd():
-            plain: list[Tensor] = _op(inputs, out_degrees, terms, *how)
+            plain: list[Tensor] = _op(inputs, text, *how)
             return plain
-    program = programs.parse(out_degrees, terms)
+    program = programs.parse(text)
     # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
     apply = super(torch.autograd.Function, _Ring).apply
     if not transformed:
@@ -146,5 +144,5 @@ def multiply(
     inputs: (..., (degree + 1)^2) or with channels last (..., (degree + 1)^2, channels), the
     other sizes those of all; float32 or float64.
     """
-    result: Tensor = _op(inputs, [degree], [1, 1, len(factors), *factors], channels_last, direct)[0]
+    result: Tensor = _op(inputs, f"{degree}:1 1 {len(factors)} {' '.join(map(str, factors))}", channels_last, direct)[0]
     return result

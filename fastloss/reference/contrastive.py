@@ -134,7 +134,8 @@ def _cross_entropy(positive: Tensor, negative: Tensor, kept: Tensor) -> Tensor:
     Written as log(1 + exp(difference)), which keeps its relative accuracy when the loss is next to zero.
     """
     others = torch.logsumexp(torch.where(kept, negative, -math.inf), 1, keepdim=True)
-    return torch.logaddexp(torch.zeros_like(positive), others - positive).squeeze(1)
+    difference = others - positive - 0 * positive.clamp(min=0)  # +inf - +inf is NaN, also with the positive left out
+    return torch.logaddexp(torch.zeros_like(positive), difference).squeeze(1)
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:

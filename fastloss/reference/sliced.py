@@ -319,13 +319,14 @@ def sliced_wasserstein_sphere(
         wb = weights[1] if b is None else (b / b.sum())[j]
         ends_u, ends_v = wa.cumsum(0), wb.cumsum(0)
         best = None
-        aligned = (ends_v[None] - ends_u[:, None]).detach().flatten()
+        aligned = (ends_v[None] - ends_u[:, None]).flatten()
         for shift in torch.cat([aligned - 1, aligned, aligned + 1]):
             levels = torch.cat([ends_u.new_zeros(1), ends_u[:-1], (ends_v - shift) % 1, ends_u.new_ones(1)]).sort()[0]
             middle = (levels[1:] + levels[:-1]).detach() / 2
-            turn = (middle + shift).floor()
+            meets = middle + shift.detach()
+            turn = meets.floor()
             at_u = torch.searchsorted(ends_u.detach(), middle).clamp(max=len(u) - 1)
-            at_v = torch.searchsorted(ends_v.detach(), middle + shift - turn).clamp(max=len(v) - 1)
+            at_v = torch.searchsorted(ends_v.detach(), meets - turn).clamp(max=len(v) - 1)
             cost = (levels.diff() * (u[at_u] - v[at_v] - turn).abs() ** p).sum()
             best = cost if best is None or cost < best else best
         costs.append(best)

@@ -11,22 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import check_reduction
+from fastloss._checks import check_number, check_reduction
 from fastloss._ops import accumulation_dtype
 from fastloss.sliced.arguments import (
     check_cloud,
     check_count,
-    check_dims,
+    check_flags,
+    check_generator,
     check_p,
     check_sampler,
     check_width,
     directions,
     draw,
+    full_precision,
     paired_clouds,
     reduced,
     rooted,
 )
-from fastloss.sliced.ops import sliced_costs, sliced_mean, sort_slices, streamed_mean
+from fastloss.sliced.ops import costs_slope, sliced_costs, sliced_mean, sort_slices, streamed_mean
 
 
 def sliced_wasserstein(
@@ -56,15 +58,17 @@ def sliced_wasserstein(
         x: (..., n, d) points, n >= 1; float64, float32, bfloat16 or float16; any strides. Differentiable.
         y: (..., m, d) points, m >= 1; the leading dimensions broadcast against those of `x`. Differentiable.
         n_projections: L >= 1, the number of directions drawn; ignored with `projections`.
-        p: >= 1; 1 and 2 are the fastest.
+        p: >= 1; 1 and 2 are the fastest. \|difference\|^p must be representable: else it is zero or infinite.
         x_weights: (..., n) or (n,), non-negative, sum one (to 1e-4; 1e-8 in float64; 1e-2 in 16 bits); None for 1/n.
-            Differentiable: the gradient is the dual potential with mean zero, which is the derivative of the distance
-            of weights divided by their sum.
+            Differentiable: the gradient is the dual potential with weighted mean zero, which is the derivative of the
+            distance of weights divided by their sum.
         y_weights: (..., m) or (m,), likewise.
         projections: (L, d), used as they are (not normalised). Differentiable. None draws unit vectors.
         sampler: "random" (uniform on the sphere), "orthogonal" (rows of random orthogonal matrices, d at a time) or
-            "qmc" (a scrambled Sobol sequence mapped to the sphere).
-        generator: of the random numbers; None for torch's default one.
+            "qmc" (a scrambled Sobol sequence mapped to the sphere; under ``torch.func.vmap`` it needs
+            ``randomness="same"``).
+        generator: of the random numbers; None for torch's default one. ``torch.compile(fullgraph=True)`` traces neither
+            generators nor "qmc".
         root: True gives (SW_p^p)^(1/p) of each pair of clouds; its gradient is defined as zero where it is zero.
         streaming: True draws and uses directions block by block, so that not even they are stored: memory does not
             depend on L. Excludes `projections`.
@@ -75,11 +79,11 @@ def sliced_wasserstein(
         clouds give 0 with gradient 0. NaN in a cloud makes its loss and gradient NaN.
 
     Raises:
-        TypeError: not floating tensors, `p` not a number.
+        TypeError: not dense floating tensors, `p` not a number, `root` or `streaming` not a bool, `generator` not one.
         ValueError: shapes that do not fit, empty clouds, p < 1, weights that are negative, not finite or do not sum to
             one, projections of zero norm, unknown `sampler` or `reduction`. Values are not checked under
             ``torch.compile`` and ``vmap``.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for; "qmc" directions that differ between elements of ``vmap``.
 
     Memory:
         O((n + m) d), the gradients, and 12 MiB of projections (four slices if they are larger) with 24 (n + m) bytes of
@@ -101,21 +105,24 @@ def sliced_wasserstein(
     """
     name = "sliced_wasserstein"
     check_reduction(name, reduction)
-    check_p(name, p)
+    check_flags(name, root=root, streaming=streaming)
+    p = check_p(name, p)
     x, y, a, b, lead = paired_clouds(name, x, y, x_weights, y_weights)
     if streaming:
         if projections is not None:
             raise ValueError(f"{name}: `projections` must be None with `streaming`, got a tensor")
-        check_count(name, n_projections)
+        count = check_count(name, n_projections)
         check_sampler(name, sampler)
+        check_generator(name, generator)
+        d, dtype, device = x.shape[-1], accumulation_dtype(x.dtype), x.device
 
         def block(rows: int) -> Tensor:
-            return draw(rows, x.shape[-1], sampler, generator, accumulation_dtype(x.dtype), x.device)
+            return draw(name, rows, d, sampler, generator, dtype, device)
 
-        mean = streamed_mean(x, y, block, n_projections, a, b, float(p))
+        mean = streamed_mean(x, y, block, count, a, b, p)
     else:
         theta = directions(name, x, n_projections, projections, sampler, generator)
-        mean = sliced_mean(x, y, theta, a, b, float(p))
+        mean = sliced_mean(x, y, theta, a, b, p)
     return reduced(rooted(mean, p) if root else mean, lead, reduction)
 
 
@@ -146,7 +153,7 @@ def max_sliced_wasserstein(
         y: (m, d) points, m >= 1. Differentiable.
         n_projections: random starts >= 1; ignored with `projections`.
         n_steps: steps of the ascent >= 0; 0 gives the largest of the starts.
-        step_size: > 0, the first tangent step; 1 turns a direction by 45 degrees.
+        step_size: finite and > 0, the first tangent step; 1 turns a direction by 45 degrees.
         p: >= 1.
         x_weights: (n,), non-negative, sum one; None for 1/n. Differentiable.
         y_weights: (m,), likewise.
@@ -158,7 +165,7 @@ def max_sliced_wasserstein(
         float64 for float64 inputs, float32 otherwise: a lower bound of the maximum. Identical clouds give 0.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`sliced_wasserstein`; n_steps < 0, step_size <= 0.
+        TypeError, ValueError, RuntimeError: as :func:`sliced_wasserstein`; n_steps < 0, step_size not finite or <= 0.
 
     Memory, determinism:
         As :func:`sliced_wasserstein`. Work: 2 n_steps sweeps over the starts.
@@ -172,27 +179,24 @@ def max_sliced_wasserstein(
         tensor(25...)
     """
     name = "max_sliced_wasserstein"
-    check_p(name, p)
+    check_flags(name, root=root)
+    p = check_p(name, p)
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 0:
         raise ValueError(f"{name}: `n_steps` must be an integer >= 0, got {n_steps!r}")
-    if not step_size > 0:
-        raise ValueError(f"{name}: `step_size` must be positive, got {step_size!r}")
-    check_dims(name, ("x", x), ("y", y))
-    x, y, a, b, _ = paired_clouds(name, x, y, x_weights, y_weights)
+    check_number(name, "step_size", step_size, above=0)
+    x, y, a, b, _ = paired_clouds(name, x, y, x_weights, y_weights, batched=False)
     theta = directions(name, x, n_projections, projections, "random", generator)
     theta = F.normalize(theta.detach().to(accumulation_dtype(x.dtype)), dim=1)
     fixed_x, fixed_y = x.detach(), y.detach()
     fixed_a, fixed_b = (None if w is None else w.detach() for w in (a, b))
 
     def costs(directions: Tensor) -> Tensor:
-        return sliced_costs(fixed_x, fixed_y, directions, fixed_a, fixed_b, float(p))[0]
+        return sliced_costs(fixed_x, fixed_y, directions, fixed_a, fixed_b, p)[0]
 
     best = costs(theta)
     step = torch.full_like(best, step_size)
     for _ in range(n_steps):
-        moving = theta.clone().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(costs(moving).sum(), moving)
+        slope = costs_slope(fixed_x, fixed_y, theta, fixed_a, fixed_b, p)
         tangent = slope - (slope * theta).sum(1, keepdim=True) * theta
         trial = F.normalize(theta + step[:, None] * F.normalize(tangent, dim=1), dim=1)
         value = costs(trial)
@@ -200,7 +204,8 @@ def max_sliced_wasserstein(
         theta = torch.where(better[:, None], trial, theta)
         best = torch.where(better, value, best)
         step = torch.where(better, step, step / 2)
-    mean = sliced_mean(x, y, theta[best.argmax()].unsqueeze(0), a, b, float(p))[0]
+    chosen = theta.index_select(0, best.argmax(0, keepdim=True))
+    mean = sliced_mean(x, y, chosen, a, b, p)[0]
     return rooted(mean, p) if root else mean
 
 
@@ -261,19 +266,23 @@ def energy_sliced_wasserstein(
     """
     name = "energy_sliced_wasserstein"
     check_reduction(name, reduction)
-    check_p(name, p)
+    check_flags(name, detach_weights=detach_weights, root=root)
+    p = check_p(name, p)
     if energy not in ("exp", "identity", "square"):
         raise ValueError(f"{name}: `energy` must be 'exp', 'identity' or 'square', got {energy!r}")
     x, y, a, b, lead = paired_clouds(name, x, y, x_weights, y_weights)
     theta = directions(name, x, n_projections, projections, sampler, generator)
-    costs = sliced_costs(x, y, theta, a, b, float(p))
+    costs = sliced_costs(x, y, theta, a, b, p)
     seen = costs.detach() if detach_weights else costs
     if energy == "exp":
         weights = seen.softmax(-1)
     else:
-        power = seen if energy == "identity" else seen.square()
+        # In units of the largest, or squares and sums leave the range. The ratio does not change with the unit.
+        unit = costs.detach().amax(-1, keepdim=True)
+        zero = unit == 0
+        share = seen / torch.where(zero, 1, unit)
+        power = share if energy == "identity" else share.square()
         total = power.sum(-1, keepdim=True)
-        zero = total == 0
         weights = torch.where(zero, 1 / costs.shape[-1], power / torch.where(zero, 1, total))
     mean = (weights * costs).sum(-1)
     return reduced(rooted(mean, p) if root else mean, lead, reduction)
@@ -297,7 +306,8 @@ def sliced_wasserstein_matrix(
 
     Args:
         xs: (K, n, d), K clouds, K >= 1, n >= 1; float64, float32, bfloat16 or float16; any strides. Differentiable.
-        ys: (M, m, d), M clouds, of another size if need be; None: `xs`, and the matrix is symmetric. Differentiable.
+        ys: (M, m, d), M clouds, of another size if need be; None: `xs`, and the matrix is exactly symmetric.
+            Differentiable.
         n_projections: directions drawn >= 1, the same for all clouds; ignored with `projections`.
         p: >= 1.
         projections: (L, d), used as they are. Differentiable. None draws unit vectors.
@@ -329,7 +339,8 @@ def sliced_wasserstein_matrix(
                 [4., 0.]])
     """
     name = "sliced_wasserstein_matrix"
-    check_p(name, p)
+    check_flags(name, root=root)
+    p = check_p(name, p)
     for what, clouds in (("xs", xs), ("ys", ys)):
         if clouds is not None:
             check_cloud(name, what, clouds)
@@ -357,10 +368,14 @@ def sliced_wasserstein_matrix(
         mass = u.new_full((n,), 1 / n)
     rows = []
     columns = max(1, (32 << 20) // (u[0].numel() * u.element_size()))
-    for k in range(len(u)):
-        entries = [_mean_power(u[k] - part, p, mass) for part in v.split(columns)]
-        rows.append(torch.cat(entries))
+    with full_precision(xs):
+        for k in range(len(u)):
+            start = k if ys is None else 0  # one triangle, mirrored below: the diagonal is zero
+            entries = [_mean_power(u[k] - part, p, mass) for part in v[start:].split(columns)]
+            rows.append(F.pad(torch.cat(entries), (start, 0)))
     matrix = torch.stack(rows) / u.shape[1]
+    if ys is None:
+        matrix = matrix + matrix.t()
     return rooted(matrix, p) if root else matrix
 
 
@@ -463,11 +478,13 @@ def soft_correspondence(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07
         temperature: tau, a positive float, or a 0-dim tensor, differentiable.
 
     Returns:
-        (..., n, d) in the common dtype of the inputs.
+        (..., n, d) in the common dtype of the inputs, also for 16-bit ones and under ``torch.autocast``. A point of x
+        that is not finite gives NaN; NaN in y gives NaN everywhere.
 
     Raises:
-        TypeError: not floating tensors.
+        TypeError: not dense floating tensors.
         ValueError: shapes that do not fit, empty clouds, a float temperature that is not finite and positive.
+        RuntimeError: PyTorch's own, for a second derivative: its fused attention has none.
 
     Memory:
         O((n + m) d) on devices where PyTorch's attention has a memory-linear kernel (CPU: all dtypes).
@@ -501,4 +518,8 @@ def soft_correspondence(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07
     lead, (n, d), m = x.shape[:-2], x.shape[-2:], y.shape[-2]
     query = (x.to(dtype) / temperature).to(dtype).reshape(-1, 1, n, d)
     keys = y.to(dtype).reshape(-1, 1, m, d)
-    return F.scaled_dot_product_attention(query, keys, keys, scale=1.0).reshape(*lead, n, d)
+    with full_precision(x):
+        points = F.scaled_dot_product_attention(query, keys, keys, scale=1.0)
+    # Attention takes a row of NaN, or of -inf alone, for one that is masked, and gives zero.
+    finite = query.detach().isfinite().all(-1, keepdim=True)
+    return (points * torch.where(finite, 1, torch.nan).to(dtype)).reshape(*lead, n, d)

@@ -14,7 +14,8 @@ class SlicedWassersteinLoss(nn.Module):
 
     Args:
         n_projections, p, projections, sampler, generator, root, streaming, reduction: as
-            :func:`fastloss.sliced_wasserstein`. `projections` become a buffer, which moves with the module.
+            :func:`fastloss.sliced_wasserstein`. `projections` become a buffer, or stay the parameter they are, and move
+            with the module.
 
     Example:
         >>> loss = fastloss.SlicedWassersteinLoss(projections=torch.eye(2))
@@ -40,7 +41,10 @@ class SlicedWassersteinLoss(nn.Module):
         check_reduction("SlicedWassersteinLoss", reduction)
         self.n_projections = n_projections
         self.p = p
-        self.register_buffer("projections", projections)
+        if isinstance(projections, nn.Parameter):
+            self.projections = projections
+        else:
+            self.register_buffer("projections", projections)
         self.sampler = sampler
         self.generator = generator
         self.root = root
@@ -66,4 +70,6 @@ class SlicedWassersteinLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"n_projections={self.n_projections}, p={self.p}, sampler={self.sampler!r}, root={self.root}"
+        drawn = f"n_projections={self.n_projections}, sampler={self.sampler!r}"
+        given = drawn if self.projections is None else f"projections={tuple(self.projections.shape)}"
+        return f"{given}, p={self.p}, root={self.root}"

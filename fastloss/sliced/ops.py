@@ -27,7 +27,6 @@ from fastloss._ops import (
     define,
     distinct,
     needs_grad,
-    no_second_derivative,
     once,
     runner,
     save_unseen,
@@ -145,10 +144,11 @@ class _SlicedMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        rest = (None,) * (len(ctx.needs_input_grad) - 5)
         if grad is None:
-            return (None,) * 11
+            return (*(None,) * 5, *rest)
         grads = once("sliced", _mean_bwd, grad, *ctx.saved_tensors)
-        return (*_only(grads, ctx.needs_input_grad[:5]), None, None, None, None, None, None)
+        return (*_only(grads, ctx.needs_input_grad[:5]), *rest)
 
 
 class _SlicedCosts(torch.autograd.Function):
@@ -212,41 +212,21 @@ def sliced_mean(
     return result
 
 
-class _StreamedMean(torch.autograd.Function):
+class _StreamedMean(_SlicedMean):
     """Mean over blocks of directions drawn as they are used; the gradients are summed as the blocks come."""
 
     @staticmethod
-    def forward(ctx: Any, draw: Callable[[int], Tensor], count: int, p: float, *tensors: Tensor | None) -> Tensor:
-        needs = ctx.needs_input_grad[3:]
-        need_x, need_y, need_a, need_b = needs
-        x, y, a, b = tensors
-        assert x is not None
-        assert y is not None
-        total = _like(x, (len(x),)).zero_()
-        sums: list[Tensor | None] = [None] * len(tensors)
+    def forward(*args: Any) -> Any:
+        x, y, _, a, b, p, *needs, draw, count = args
+        sums: list[Tensor] = []
         for start in range(0, count, STREAM_ROWS):
             rows = min(STREAM_ROWS, count - start)
-            mean, grad_x, grad_y, _, grad_a, grad_b = _mean(
-                x, y, draw(rows), a, b, p, need_x, need_y, False, need_a, need_b
-            )
-            total.add_(mean, alpha=rows / count)
-            for k, g in enumerate(_only((grad_x, grad_y, grad_a, grad_b), needs)):
-                if g is not None:
-                    before = sums[k]
-                    sums[k] = g.mul_(rows / count) if before is None else before.add_(g, alpha=rows / count)
-        ctx.save_for_backward(*[s for s in sums if s is not None])
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise no_second_derivative("sliced")
-        saved = iter(ctx.saved_tensors)
-        result: list[Tensor | None] = []
-        for need in ctx.needs_input_grad[3:]:
-            g = next(saved) if need else None
-            result.append(None if g is None else g * grad.reshape(-1, *[1] * (g.dim() - 1)))
-        return (None, None, None, *result)
+            found = _mean(x, y, draw(rows), a, b, p, *needs)
+            if not sums:
+                sums = [t.mul_(rows / count) for t in found]
+            else:
+                sums = [s.add_(t, alpha=rows / count) for s, t in zip(sums, found, strict=True)]
+        return tuple(sums)
 
 
 def streamed_mean(
@@ -259,7 +239,10 @@ def streamed_mean(
     p: float,
 ) -> Tensor:
     """:func:`sliced_mean` over `count` directions of which no more than STREAM_ROWS exist at a time."""
-    result: Tensor = _StreamedMean.apply(draw, count, p, x, y, a, b)
+    y, b = distinct(y, x), distinct(b, a)
+    none = _like(x, (0, x.shape[-1]))  # in the place of directions, which are nobody's
+    needs = needs_grad(x, y, None, a, b)
+    result: Tensor = runner(_StreamedMean, any(needs))(x, y, none, a, b, p, *needs, draw, count)[0]
     return result
 
 
@@ -268,6 +251,13 @@ def sliced_costs(x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tenso
     y, b = distinct(y, x), distinct(b, a)
     result: Tensor = runner(_SlicedCosts, any(needs_grad(x, y, theta, a, b)))(x, y, theta, a, b, p)
     return result
+
+
+def costs_slope(x: Tensor, y: Tensor, theta: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> Tensor:
+    """(L, d): the derivative of the sum of :func:`sliced_costs` in the directions, found without autograd."""
+    grad = torch.ones((len(x), len(theta)), dtype=theta.dtype, device=theta.device)
+    slope: Tensor = _costs_bwd(grad, x, y, theta, a, b, p, False, False, True, False, False)[2]
+    return slope
 
 
 def sort_slices(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

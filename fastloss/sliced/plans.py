@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloss._checks import check_number
-from fastloss.sliced.arguments import check_count, rooted
+from fastloss.sliced.arguments import check_count, full_precision, rooted
 from fastloss.sliced.ops import sort_slices
 from fastloss.sliced.pot import pot_arguments
 from fastloss.sliced.tiles import cumulative
@@ -63,7 +63,8 @@ def sliced_plans(
         b: (m,), likewise.
         metric: c: "sqeuclidean", "euclidean", "cityblock" or "minkowski".
         p: >= 1, the order of "minkowski"; else not used.
-        projections: (d, L), columns. Plans do not depend on their lengths.
+        projections: (d, L), columns. Plans do not depend on their lengths. One that is not finite gives masses and a
+            cost of NaN.
         n_projections: directions drawn >= 1; must be given without `projections`, ignored with them.
         seed: as in :func:`sliced_wasserstein_distance`.
         batch_size: pairs of points whose distance is taken at a time >= 1; None for 32 MiB of them.
@@ -71,7 +72,8 @@ def sliced_plans(
 
     Returns:
         ``(plans, costs)``: a list of L :class:`TransportPlan` of n entries (equal sizes without weights) or n + m - 1,
-        with int64 indices, and (L,) costs; float64 for float64 inputs, float32 otherwise; NaN if a cloud has NaN.
+        with int64 indices, and (L,) costs; float64 for float64 inputs, float32 otherwise. NaN in a cloud, or
+        in the projections on a direction, makes all masses and the cost of that plan NaN. Differentiable twice.
 
     Raises:
         TypeError, ValueError: as :func:`sliced_wasserstein_distance`; unknown `metric`; neither `projections` nor
@@ -94,12 +96,14 @@ def sliced_plans(
         >>> costs
         tensor([5., 3.])
     """
-    problem = _Problem("sliced_plans", X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size)
+    problem = _Problem("sliced_plans", X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size, log=log)
     plans, costs = problem.plans()
     if not log:
         return plans, costs
     theta = problem.theta.t()
-    return plans, costs, {"X_projection": problem.x @ theta, "Y_projection": problem.y @ theta, "projections": theta}
+    with full_precision(theta):
+        projected = {"X_projection": problem.x @ theta, "Y_projection": problem.y @ theta}
+    return plans, costs, {**projected, "projections": theta}
 
 
 def min_sliced_transport_plan(
@@ -141,7 +145,7 @@ def min_sliced_transport_plan(
 
     Returns:
         ``(plan, cost)``: a :class:`TransportPlan`, or the matrix, and a 0-dim tensor; float64 for float64 inputs,
-        float32 otherwise.
+        float32 otherwise. A direction whose plan costs NaN makes the result NaN. Differentiable twice.
 
     Raises:
         TypeError, ValueError: as :func:`sliced_plans`.
@@ -162,26 +166,29 @@ def min_sliced_transport_plan(
         (tensor([0, 1]), tensor([0, 1]), tensor(3.))
     """
     name = "min_sliced_transport_plan"
-    problem = _Problem(name, X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size)
+    flags = {"dense": dense, "log": log}
+    problem = _Problem(name, X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size, **flags)
     with torch.no_grad():
         costs = torch.cat([problem.costs(*problem.coupling(block)) for block in problem.blocks()])
-    best = costs.argmin()
-    coupling = problem.coupling(problem.theta[best].unsqueeze(0))
+    best = problem.theta.index_select(0, costs.argmin(0, keepdim=True))  # of NaN, the first
+    coupling = problem.coupling(best)
     cost = problem.costs(*coupling)[0]
     plan = TransportPlan(*(t[0] for t in coupling))
     result = problem.dense(plan) if dense else plan
     if not log:
         return result, cost
-    theta = problem.theta.detach()
+    direction = best.detach()[0]
+    with full_precision(direction):
+        projected = [cloud.detach() @ direction for cloud in (problem.x, problem.y)]
     return (
         result,
         cost,
         {
-            "projections": theta.t(),
+            "projections": problem.theta.detach().t(),
             "costs": costs,
-            "min_projection": theta[best],
-            "X_min_projection": problem.x.detach() @ theta[best],
-            "Y_min_projection": problem.y.detach() @ theta[best],
+            "min_projection": direction,
+            "X_min_projection": projected[0],
+            "Y_min_projection": projected[1],
         },
     )
 
@@ -220,7 +227,8 @@ def expected_sliced_plan(
         metric: c: "sqeuclidean", "euclidean", "cityblock" or "minkowski".
         p: >= 1, the order of "minkowski"; else not used.
         n_projections: directions drawn >= 1; must be given without `projections`, ignored with them.
-        beta: inverse temperature, any finite number; 0 weighs all directions equally.
+        beta: inverse temperature, any finite number (beyond the range of the dtype, its largest); 0 weighs all
+            directions equally.
         seed: as in :func:`sliced_wasserstein_distance`.
         dense: True returns the plan as an (n, m) matrix.
         batch_size: pairs of points whose distance is taken at a time >= 1; None for 32 MiB of them.
@@ -228,7 +236,8 @@ def expected_sliced_plan(
 
     Returns:
         ``(plan, cost)``: a :class:`TransportPlan` of all entries of all plans, or the matrix, and the 0-dim cost of the
-        plan; float64 for float64 inputs, float32 otherwise.
+        plan; float64 for float64 inputs, float32 otherwise. A direction whose plan costs NaN makes the result NaN.
+        Differentiable twice.
 
     Raises:
         TypeError, ValueError: as :func:`sliced_plans`; `beta` not a finite number.
@@ -250,9 +259,13 @@ def expected_sliced_plan(
     """
     name = "expected_sliced_plan"
     check_number(name, "beta", beta)
-    problem = _Problem(name, X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size)
+    flags = {"dense": dense, "log": log}
+    problem = _Problem(name, X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size, **flags)
     plans, costs = problem.plans()
-    weights = (-beta * costs).softmax(0)
+    # Differences to the plan of most weight: neither they nor a beta within the range of the dtype make inf - inf.
+    limit = torch.finfo(costs.dtype).max
+    most = (costs.min() if beta >= 0 else costs.max()).detach()
+    weights = (-max(-limit, min(limit, beta)) * (costs - most)).softmax(0)
     plan = TransportPlan(
         torch.cat([w * one.data for w, one in zip(weights, plans, strict=True)]),
         torch.cat([one.rows for one in plans]),
@@ -281,14 +294,15 @@ class _Problem:
         count: int | None,
         seed: int | torch.Generator | None,
         batch_size: int | None,
+        **flags: bool,
     ) -> None:
         if metric not in METRICS:
             raise ValueError(f"{function}: `metric` must be one of {', '.join(METRICS)}, got {metric!r}")
         if projections is None and count is None:
             raise ValueError(f"{function}: `n_projections` must be given where `projections` is None")
         if batch_size is not None:
-            check_count(function, batch_size, "batch_size")
-        x, y, theta, a, b = pot_arguments(function, x, y, a, b, count, p, projections, seed, None)
+            batch_size = check_count(function, batch_size, "batch_size")
+        x, y, theta, a, b, p = pot_arguments(function, x, y, a, b, count, p, projections, seed, None, **flags)
         self.x, self.y = x[0].to(theta.dtype), y[0].to(theta.dtype)
         self.theta = theta.t()
         # The masses are differences of cumulative weights: those of many points are small ones of large ones.
@@ -315,13 +329,18 @@ class _Problem:
         return plans, torch.cat(costs)
 
     def coupling(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Masses, points of x and points of y of the monotone plans, (S, entries) each."""
-        rows, cols = (sort_slices(cloud.detach(), theta.detach())[1].long() for cloud in (self.x, self.y))
+        """Masses, points of x and points of y of the monotone plans, (S, entries) each. NaN has no place in an order:
+        all masses are NaN where a projection is, or the direction is not finite."""
+        theta = theta.detach()
+        (u, rows), (v, cols) = (sort_slices(cloud.detach(), theta) for cloud in (self.x, self.y))
+        broken = u[:, -1:].isnan() | v[:, -1:].isnan() | ~theta.isfinite().all(1, keepdim=True)  # NaN sorts last
+        rows, cols = rows.long(), cols.long()
         if self.permutes:
-            return self.x.new_full((), 1 / len(self.x)).expand(rows.shape), rows, cols
+            mass = self.x.new_full((len(theta), 1), 1 / len(self.x)).masked_fill(broken, torch.nan)
+            return mass.expand(rows.shape), rows, cols
         x_ends, y_ends = cumulative(self.a, rows), cumulative(self.b, cols)
         ends = torch.cat([x_ends, y_ends], 1).sort(1)[0][:, :-1]  # both reach one: once is enough
-        mass = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))
+        mass = ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])).masked_fill(broken, torch.nan)
         level = ends.detach().contiguous()
         i = torch.searchsorted(x_ends.detach(), level)
         j = torch.searchsorted(y_ends.detach(), level)
@@ -334,10 +353,8 @@ class _Problem:
             m, i, j = (t[:, start : start + self.pairs] for t in (mass, rows, cols))
             difference = self.x.index_select(0, i.flatten()) - self.y.index_select(0, j.flatten())
             distance = self._distance(difference).reshape(m.shape)
-            total = total + torch.where(m > 0, m * distance, 0).sum(1)  # no mass, no cost, infinite or not
-        # The plan of a slice with NaN may give no mass to the point with the NaN.
-        broken = (self.x.detach().isnan().any() | self.y.detach().isnan().any()).expand(total.shape)
-        return total.masked_fill(broken, torch.nan)
+            total = total + torch.where(m == 0, 0, m * distance).sum(1)  # no mass, no cost, infinite or not
+        return total
 
     def _distance(self, difference: Tensor) -> Tensor:
         if self.order == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import accumulation_dtype
-from fastloss.sliced.arguments import check_count, check_dims, check_p, directions, paired_clouds, rooted, seeded
+from fastloss.sliced.arguments import check_count, check_flags, check_p, given_directions, paired_clouds, rooted, seeded
 from fastloss.sliced.ops import sliced_costs, sliced_mean
 
 
@@ -40,8 +40,8 @@ def sliced_wasserstein_distance(
         n_projections: directions drawn >= 1; ignored with `projections`.
         p: >= 1.
         projections: (d, L), columns, used as they are. Differentiable.
-        seed: an int seeds a generator of this call; a ``torch.Generator`` is used and advanced; None draws from torch's
-            default generator (POT has one of its own).
+        seed: an int from -2**63 to 2**64 - 1 seeds a generator of this call; a ``torch.Generator`` is used and
+            advanced; None draws from torch's default generator (POT has one of its own).
         log: True returns ``(value, {"projections": (d, L), "projected_emds": (L,)})``, with W_p^p of each direction.
         scaler: None, an object with ``transform``, or a callable, applied to both clouds first.
 
@@ -63,10 +63,10 @@ def sliced_wasserstein_distance(
         tensor(2.)
     """
     name = "sliced_wasserstein_distance"
-    x, y, theta, a, b = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
+    x, y, theta, a, b, p = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler, log=log)
     if not log:
-        return rooted(sliced_mean(x, y, theta.t(), a, b, float(p))[0], p)
-    costs = sliced_costs(x, y, theta.t(), a, b, float(p))[0]
+        return rooted(sliced_mean(x, y, theta.t(), a, b, p)[0], p)
+    costs = sliced_costs(x, y, theta.t(), a, b, p)[0]
     return rooted(costs.mean(), p), {"projections": theta, "projected_emds": costs}
 
 
@@ -119,8 +119,8 @@ def max_sliced_wasserstein_distance(
         tensor(3.)
     """
     name = "max_sliced_wasserstein_distance"
-    x, y, theta, a, b = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler)
-    costs = sliced_costs(x, y, theta.t(), a, b, float(p))[0]
+    x, y, theta, a, b, p = pot_arguments(name, X_s, X_t, a, b, n_projections, p, projections, seed, scaler, log=log)
+    costs = sliced_costs(x, y, theta.t(), a, b, p)[0]
     value = rooted(costs.max(), p)
     return (value, {"projections": theta, "projected_emds": costs}) if log else value
 
@@ -136,24 +136,21 @@ def pot_arguments(
     projections: Tensor | None,
     seed: int | torch.Generator | None,
     scaler: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Clouds (1, n, d) and (1, m, d), directions as columns (d, L), weights (1, n) and (1, m)."""
-    check_p(function, p)
+    **flags: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    """Clouds (1, n, d) and (1, m, d), directions as columns (d, L), weights (1, n) and (1, m), and p."""
+    check_flags(function, **flags)
+    p = check_p(function, p)
     if scaler is not None:
         transform = getattr(scaler, "transform", scaler)
         if not callable(transform):
             raise TypeError(f"{function}: `scaler` must have `transform` or be callable, got {type(scaler).__name__}")
         x, y = transform(x), transform(y)
-    check_dims(function, ("X_s", x), ("X_t", y))
-    x, y, a, b, _ = paired_clouds(function, x, y, a, b, "X_s X_t a b")
-    dtype, d = accumulation_dtype(x.dtype), x.shape[-1]
-    if projections is None:
-        count = check_count(function, count)
-        generator = seeded(function, seed)
-        source = x.device if generator is None else generator.device
-        drawn = torch.randn(d, count, dtype=dtype, generator=generator, device=source)
-        return x, y, (drawn / drawn.square().sum(0, keepdim=True).sqrt()).to(x.device), a, b
-    if isinstance(projections, Tensor) and (projections.dim() != 2 or projections.shape[0] != d):
-        raise ValueError(f"{function}: `projections` must have shape ({d}, L), got {tuple(projections.shape)}")
-    given = projections.t() if isinstance(projections, Tensor) else projections
-    return x, y, directions(function, x, count, given, "random", None).t(), a, b
+    x, y, a, b, _ = paired_clouds(function, x, y, a, b, "X_s X_t a b", batched=False)
+    if projections is not None:
+        return x, y, given_directions(function, x, projections, columns=True).t(), a, b, p
+    count = check_count(function, count)
+    generator = seeded(function, seed)
+    source = x.device if generator is None else generator.device
+    drawn = torch.randn(x.shape[-1], count, dtype=accumulation_dtype(x.dtype), generator=generator, device=source)
+    return x, y, (drawn / drawn.square().sum(0, keepdim=True).sqrt()).to(x.device), a, b, p

@@ -1,6 +1,7 @@
 """Bad input raises TypeError or ValueError, and the message names the argument, what was expected and what came."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ B, M, D = 4, 3, 5
 
 def x(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        return torch.nested.nested_tensor([x(2, D), x(3, D)], layout=layout)
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -47,6 +54,9 @@ def feature_cases() -> list[Any]:
                 case(function, name, ValueError, "(5,)", about="rank 1", **{name: x(D)}),
                 case(function, name, ValueError, "(2, 4, 5)", about="rank 3", **{name: x(2, B, D)}),
                 case(function, name, ValueError, "()", about="rank 0", **{name: x()}),
+                case(function, name, TypeError, "sparse", "strided", about="sparse", **{name: x(B, D).to_sparse()}),
+                case(function, name, TypeError, "nested", "strided", about="nested", **{name: nested(torch.strided)}),
+                case(function, name, TypeError, "nested", "strided", about="jagged", **{name: nested(torch.jagged)}),
             ]
         second = pair[1]  # the first sets the size
         cases += [
@@ -75,6 +85,10 @@ def scale_cases() -> list[Any]:
             case(function, name, ValueError, "(1, 4)", "4", about="one row", **{name: x(1, B)}),
             case(function, name, ValueError, "(4, 1, 1)", "4", about="rank 3", **{name: x(B, 1, 1)}),
             case(function, name, ValueError, "meta", "cpu", about="device", **{name: x(B, device="meta")}),
+            case(function, name, ValueError, "meta", "cpu", about="scalar device", **{name: x(device="meta")}),
+            case(function, name, TypeError, "sparse", about="sparse", **{name: x(B).to_sparse()}),
+            case(function, name, ValueError, "integer of 1329 bits", about="large", **{name: 10**400}),
+            case(function, name, ValueError, "integer of 16610 bits", about="huge", **{name: 10**5000}),
         ]
         if name == "temperature":
             for bad in (0.0, -0.1, 0, -1):
@@ -102,6 +116,7 @@ def id_cases() -> list[Any]:
             case(function, name, ValueError, "(4, 1)", "(4,)", about="rank 2", **rest, **{name: ids(B, 1)}),
             case(function, name, ValueError, "()", "(4,)", about="rank 0", **rest, **{name: ids()}),
             case(function, name, ValueError, "meta", "cpu", about="device", **rest, **{name: ids(B).to("meta")}),
+            case(function, name, TypeError, "sparse", about="sparse", **rest, **{name: ids(B).to_sparse()}),
         ]
     return [
         *cases,
@@ -160,6 +175,19 @@ def option_cases() -> list[Any]:
         for function in VALID
         for bad in ("median", "", None, "Mean")
     ]
+    flags = [
+        ("info_nce", "normalize"),
+        ("info_nce", "symmetric"),
+        ("clip_loss", "output_dict"),
+        ("nt_xent", "normalize"),
+    ]
+    cases += [
+        case(function, name, TypeError, "True or False", type(bad).__name__, about=repr(bad), **{name: bad})
+        for function, name in flags
+        for bad in ("yes", 1, None)
+    ]
+    bias = ("clip_loss", "logit_bias", ValueError, "a float or a tensor of one element", "(9,)")
+    cases.append(case(*bias, about="length", logit_bias=x(9)))
     modes = ("unpaired", "paired")
     for bad in ("both", None):
         for negatives in ({}, {"negative_keys": x(M, D)}):
@@ -206,24 +234,30 @@ def test_keyword_only_arguments(function: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "name"),
+    ("module", "name", "bad", "error"),
     [
-        (fastloss.InfoNCE, {"reduction": "median"}, "reduction"),
-        (fastloss.InfoNCE, {"negative_mode": "both"}, "negative_mode"),
-        (fastloss.InfoNCE, {"temperature": 0.0}, "temperature"),
-        (fastloss.InfoNCE, {"temperature": math.nan}, "temperature"),
-        (fastloss.NTXentLoss, {"temperature": 0.0}, "temperature"),
-        (fastloss.NTXentLoss, {"temperature": -0.5}, "temperature"),
-        (fastloss.NTXentLoss, {"memory_bank_size": 8}, "memory_bank_size"),
-        (fastloss.NTXentLoss, {"memory_bank_size": (8, 4)}, "memory_bank_size"),
-        (fastloss.ClipLoss, {"world_size": 2}, "world_size"),
+        (fastloss.InfoNCE, "reduction", "median", ValueError),
+        (fastloss.InfoNCE, "negative_mode", "Mean", ValueError),
+        (fastloss.InfoNCE, "temperature", 0.0, ValueError),
+        (fastloss.InfoNCE, "temperature", math.nan, ValueError),
+        (fastloss.InfoNCE, "temperature", True, TypeError),
+        (fastloss.InfoNCE, "temperature", torch.tensor(1), TypeError),
+        (fastloss.InfoNCE, "normalize", 1, TypeError),
+        (fastloss.InfoNCE, "symmetric", "no", TypeError),
+        (fastloss.ClipLoss, "world_size", 2, ValueError),
+        (fastloss.ClipLoss, "reduction", "median", ValueError),
+        *((fastloss.NTXentLoss, "temperature", bad, ValueError) for bad in (0.0, -0.5, 9e-9, math.nan, math.inf)),
+        *((fastloss.NTXentLoss, "temperature", bad, TypeError) for bad in (True, "0.1", None, [0.1])),
+        (fastloss.NTXentLoss, "memory_bank_size", 8, ValueError),
+        (fastloss.NTXentLoss, "memory_bank_size", (8, 4), ValueError),
+        (fastloss.NTXentLoss, "memory_bank_size", (), ValueError),
+        (fastloss.NTXentLoss, "reduction", "median", ValueError),
+        (fastloss.NTXentLoss, "normalize", None, TypeError),
     ],
 )
-def test_modules_refuse_on_construction_or_first_call(
-    module: type[nn.Module], arguments: dict[str, Any], name: str
-) -> None:
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        module(**arguments)(x(B, D), x(B, D))
+def test_modules_refuse_on_construction(module: type[nn.Module], name: str, bad: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{module.__name__}: `{name}` must be .*got "):
+        module(**{name: bad})
 
 
 class TestUseBackend:

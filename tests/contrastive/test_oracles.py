@@ -214,7 +214,7 @@ class TestLightly:
     @pytest.mark.parametrize("temperature", [0.0, 1e-9, -1e-9])
     @pytest.mark.parametrize("module", [fastloss.NTXentLoss, peers.LightlyNTXentLoss], ids=["fast", "peer"])
     def test_temperature_next_to_zero(self, module: type[nn.Module], temperature: float) -> None:
-        with pytest.raises(ValueError, match="1e-8"):
+        with pytest.raises(ValueError, match=r"1e-0?8"):
             module(temperature)
 
 

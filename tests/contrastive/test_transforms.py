@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,6 +53,11 @@ class TestGradcheck:
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(gradients[0].sum(), leaves, allow_unused=True)
 
+    def test_second_derivative_with_paired_negatives(self) -> None:
+        problem = make_problem("info_nce paired", rows=5, columns=4, width=3, dtype=torch.float64, temperature=0.5)
+        leaves = [x.clone().requires_grad_() for x in problem.tensors.values()]
+        assert torch.autograd.gradgradcheck(call(problem), leaves)
+
     @pytest.mark.parametrize("variant", MODES)
     def test_create_graph_gives_the_same_first_derivative(self, variant: str) -> None:
         """Training loops that always pass create_graph=True still train."""
@@ -74,6 +80,39 @@ class TestFunc:
         expected = torch.autograd.grad(call(problem)(*leaves).sum(), leaves)
         for name, a, b in zip(problem.tensors, gradients, expected, strict=True):
             assert torch.equal(a, b), name
+
+    @pytest.mark.parametrize("variant", MODES)
+    def test_forward_mode_is_refused_but_with_paired_negatives(self, variant: str) -> None:
+        problem = make_problem(variant, rows=4, columns=3, width=2, dtype=torch.float64)
+        name, x = next(iter(problem.features.items()))
+
+        def loss(api: Any) -> Callable[[Tensor], Tensor]:
+            return lambda x: problem(api, {**problem.tensors, name: x}).sum()
+
+        transforms = (torch.func.hessian, lambda f: lambda x: torch.func.jvp(f, (x,), (x,)))
+        for transform in transforms:
+            if "paired" in variant.split():
+                expected = transform(loss(fastloss.reference))(x)
+                torch.testing.assert_close(transform(loss(fastloss))(x), expected, rtol=1e-11, atol=1e-11)
+            else:
+                with pytest.raises(RuntimeError, match="jvp"):
+                    transform(loss(fastloss))(x)
+
+    @pytest.mark.parametrize("variant", MODES)
+    def test_vmap_over_nothing(self, variant: str) -> None:
+        """ "sum" and the features alone: torch itself does not multiply scalars of a batch of nothing."""
+        problem = make_problem(variant, rows=4, columns=3)
+        scale = {name: x for name, x in problem.tensors.items() if name not in problem.features}
+        batch = [x.new_zeros((0, *x.shape)) for x in problem.features.values()]
+
+        def loss(*features: Tensor, reduction: str = "sum") -> Tensor:
+            given = dict(zip(problem.features, features, strict=True))
+            return problem(fastloss, {**given, **scale}, reduction=reduction)
+
+        assert torch.func.vmap(loss)(*batch).shape == (0,)
+        losses = problem(fastloss, reduction="none")
+        assert torch.func.vmap(partial(loss, reduction="none"))(*batch).shape == (0, *losses.shape)
+        assert torch.func.vmap(torch.func.grad(loss))(*batch).shape == batch[0].shape
 
     @pytest.mark.parametrize("variant", MODES)
     def test_vjp(self, variant: str) -> None:
@@ -214,9 +253,9 @@ class TestCompile:
 MODULES: list[tuple[Callable[[], nn.Module], tuple[Any, ...]]] = [
     (lambda: fastloss.InfoNCE(0.2, "sum", "paired", normalize=False, symmetric=True), ()),
     (lambda: fastloss.InfoNCE(nn.Parameter(torch.tensor(0.3))), ()),
-    (lambda: fastloss.NTXentLoss(0.2), ()),
+    (lambda: fastloss.NTXentLoss(0.2, reduction="sum", normalize=False), ()),
     (lambda: fastloss.NTXentLoss(nn.Parameter(torch.tensor(0.3))), ()),
-    (lambda: fastloss.ClipLoss(cache_labels=True), (10.0,)),
+    (lambda: fastloss.ClipLoss(cache_labels=True, reduction="none"), (10.0,)),
 ]
 
 
@@ -281,6 +320,19 @@ def test_repr_shows_what_the_loss_depends_on(module: nn.Module, shown: list[str]
         assert part in repr(module)
 
 
+def test_modules_pass_everything_on() -> None:
+    q, k, _ = make_problem("info_nce").tensors.values()
+    ids, others = torch.arange(33) // 2, torch.arange(33) // 3
+    info = fastloss.InfoNCE(0.2, "none", normalize=False)
+    expected = fastloss.info_nce(q, k, None, 0.2, "none", normalize=False, query_ids=ids, key_ids=others)
+    assert torch.equal(info(q, k, query_ids=ids, key_ids=others), expected)
+    clip = fastloss.ClipLoss(reduction="none")
+    expected = fastloss.clip_loss(q, k, 3.0, reduction="none", image_ids=ids, text_ids=others)
+    assert torch.equal(clip(q, k, 3.0, image_ids=ids, text_ids=others), expected)
+    xent = fastloss.NTXentLoss(0.2, (0, 128), reduction="none", normalize=False)
+    assert torch.equal(xent(q, k, ids=ids), fastloss.nt_xent(q, k, 0.2, reduction="none", normalize=False, ids=ids))
+
+
 @pytest.mark.parametrize("module", [fastloss.InfoNCE, fastloss.NTXentLoss])
 def test_learned_temperature_gets_a_gradient(module: type[nn.Module]) -> None:
     temperature = nn.Parameter(torch.tensor(0.3))
@@ -334,6 +386,9 @@ def test_a_temperature_schedule_compiles_without_a_graph_break() -> None:
         assert torch.equal(compiled(q, k, temperature), fastloss.info_nce(q, k, temperature=temperature))
     dynamic = torch.compile(fastloss.NTXentLoss(0.1), fullgraph=True, dynamic=True, backend="eager")
     assert torch.equal(dynamic(q, k), fastloss.nt_xent(q, k, 0.1))
+    whole = torch.compile(lambda q, k, t: fastloss.nt_xent(q, k, t), fullgraph=True, dynamic=True, backend="eager")
+    for temperature in (1, 2, 3, 0.5, 0.25):
+        assert torch.equal(whole(q, k, temperature), fastloss.nt_xent(q, k, temperature))
 
 
 def test_many_keys_keep_the_memory_of_one_direction_bounded() -> None:

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("backend")
 EDGES = [1, 2, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1023, 1025]
 FUNCTIONS = ["info_nce mean", "info_nce symmetric", "clip_loss", "nt_xent"]
 KEY_MODES = ["info_nce extra", "info_nce unpaired", "info_nce symmetric", "nt_xent"]
+DOT_PRODUCTS = [
+    *(f"info_nce dot {mode}" for mode in ("", "mean", "symmetric", "symmetric mean", "extra", "unpaired", "paired")),
+    "clip_loss",
+    "clip_loss mean",
+    "nt_xent dot",
+    "nt_xent dot mean",
+]
 FUNCTIONS_AND_MODES = [*FUNCTIONS, "info_nce unpaired", "info_nce paired", "info_nce extra"]
 
 
@@ -179,6 +189,23 @@ class TestLayouts:
 
     def test_expanded_temperature(self) -> None:
         check(make_problem("info_nce symmetric").with_tensors(temperature=torch.tensor(0.2).expand(33)))
+
+    @pytest.mark.parametrize("variant", FUNCTIONS_AND_MODES)
+    def test_scale_of_one_element(self, variant: str) -> None:
+        problem = make_problem(variant)
+        name = "logit_scale" if variant == "clip_loss" else "temperature"
+        value = problem.tensors[name]
+        for shape in ((1,), (1, 1), (1, 1, 1)):
+            assert torch.equal(problem(fastloss, {**problem.tensors, name: value.reshape(shape)}), problem(fastloss))
+        check(problem.with_tensors(**{name: value.reshape(1, 1)}))
+
+    @pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, np.int64, Fraction, int], ids=str)
+    @pytest.mark.parametrize("variant", FUNCTIONS)
+    def test_numbers_of_other_types(self, variant: str, kind: Callable[[int], Any]) -> None:
+        problem = make_problem(variant)
+        name = "logit_scale" if variant == "clip_loss" else "temperature"
+        tensors = {key: x for key, x in problem.tensors.items() if key != name}
+        assert torch.equal(problem(fastloss, tensors, **{name: kind(2)}), problem(fastloss, tensors, **{name: 2.0}))
 
     def test_temperature_as_a_column(self) -> None:
         problem = make_problem("info_nce row_temperature")
@@ -345,6 +372,26 @@ class TestRanges:
             actual.gradients[name] * lengths, truth.gradients[name] * lengths, rtol=1e-11, atol=1e-13
         )
 
+    @pytest.mark.parametrize(
+        ("dtype", "longest", "smallest"),
+        [(torch.float32, 1.8e19, 2.6e-23), (torch.bfloat16, 1.8e19, 2.6e-23), (torch.float64, 1.3e154, 1.6e-162)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("variant", ["info_nce", "info_nce mean", "info_nce paired", "nt_xent"])
+    def test_squares_beyond_the_range_make_zeros(
+        self, variant: str, dtype: torch.dtype, longest: float, smallest: float
+    ) -> None:
+        problem = make_problem(variant, rows=9, dtype=dtype)
+        name = next(iter(problem.features))
+        x = problem.tensors[name].double()
+        long, short = longest * x / x.norm(dim=1, keepdim=True), smallest * x / x.abs().amax(1, keepdim=True)
+        zeros = evaluate(problem.with_tensors(**{name: torch.zeros_like(problem.tensors[name])}))
+        for rows, outside in ((1.05 * long, True), (0.95 * long, False), (1.05 * short, False), (0.95 * short, True)):
+            result = evaluate(problem.with_tensors(**{name: rows.to(dtype)}))
+            same = torch.equal(result.gradients[name], zeros.gradients[name]) and torch.equal(result.loss, zeros.loss)
+            assert same == outside
+        assert torch.count_nonzero(zeros.gradients[name]) == 0
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("variant", [*FUNCTIONS_AND_MODES, "info_nce extra symmetric ids"])
     def test_zero_rows(self, variant: str, dtype: torch.dtype) -> None:
@@ -456,6 +503,25 @@ class TestNonFinite:
                 result = evaluate(problem.with_tensors(**{name: changed}))
                 assert result.loss.shape == problem(fastloss).shape
 
+    @pytest.mark.parametrize("length", [2e19, math.inf], ids=["overflow", "infinite"])
+    @pytest.mark.parametrize("variant", DOT_PRODUCTS)
+    def test_infinite_similarity_of_a_positive(self, variant: str, length: float) -> None:
+        """+inf: exp(inf) / (exp(inf) + ...) is NaN, loss and gradients. -inf: the probability is 0, the loss +inf."""
+        problem = make_problem(variant)
+        first, second = list(problem.features)[:2]
+        anchor, key = problem.tensors[first].clone(), problem.tensors[second].clone()
+        anchor[5], key[5] = 0, 0
+        anchor[5, 0], key[5, 0] = min(length, 1e30), length
+        for sign, rule in ((1, Tensor.isnan), (-1, lambda loss: loss == math.inf)):
+            given = problem.with_tensors(**{first: anchor, second: sign * key})
+            result = evaluate(given)
+            assert bool(rule(result.loss if result.loss.dim() == 0 else result.loss[5]))
+            reference = evaluate(given, fastloss.reference).loss
+            assert torch.equal(result.loss.isnan(), reference.isnan())
+            assert torch.equal(result.loss == math.inf, reference == math.inf)
+            if sign == 1:
+                assert bool(result.gradients[first][5].isnan().all())
+
     @pytest.mark.parametrize("variant", FUNCTIONS)
     def test_nan_temperature_is_nan(self, variant: str) -> None:
         problem = make_problem(variant)
@@ -490,6 +556,19 @@ class TestPerRowTemperature:
         assert result.loss.dtype == torch.float32
 
 
+def blas_repeats() -> bool:
+    """Whether products have the same bits with one thread and with two: MKL splits some over threads."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(188, 1024, generator=generator), torch.randn(1024, 16, generator=generator)
+    products: dict[int, list[Tensor]] = {1: [], 2: []}
+    for count, made in products.items():
+        torch.set_num_threads(count)
+        for rows in (76, 188):
+            for depth in (512, 700, 1024):
+                made += [a[:rows, :depth] @ b[:depth], a[:rows, :depth].t().contiguous().t() @ b[:depth]]
+    return all(map(torch.equal, *products.values()))
+
+
 class TestEnvironment:
     @pytest.fixture
     def threads(self) -> Iterator[None]:
@@ -502,13 +581,17 @@ class TestEnvironment:
     @pytest.mark.parametrize("variant", [*FUNCTIONS_AND_MODES, "info_nce symmetric row_temperature ids"])
     def test_same_bits_for_any_number_of_threads(self, variant: str, rows: int) -> None:
         problem = make_problem(variant, rows=rows, columns=60 if "paired" in variant.split() else 600)
+        repeats = blas_repeats()
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
             results.append(evaluate(problem))
         assert torch.equal(results[0].loss, results[1].loss)
         for name, gradient in results[0].gradients.items():
-            assert torch.equal(gradient, results[1].gradients[name]), name
+            if repeats:
+                assert torch.equal(gradient, results[1].gradients[name]), name
+            else:
+                torch.testing.assert_close(gradient, results[1].gradients[name])
 
     @pytest.mark.parametrize("variant", [*FUNCTIONS_AND_MODES, "info_nce unpaired dot"])
     @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16], ids=str)

@@ -26,11 +26,11 @@ def _sample(
 
 
 def _ring(x1: Tensor, x2: Tensor, program: Program) -> tuple[Tensor, ...]:
-    return tuple(ops._op([x1, x2], list(program.out_degrees), program.flat(), False, False))
+    return tuple(ops._op(*_raw_arguments(x1, x2, program)))
 
 
 def _raw_arguments(x1: Tensor, x2: Tensor, program: Program) -> tuple[Any, ...]:
-    return [x1, x2], list(program.out_degrees), program.flat(), False, False
+    return [x1, x2], program.text(), False, False
 
 
 LANES, L = 32768, 4

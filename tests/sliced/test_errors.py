@@ -38,6 +38,10 @@ W = torch.full((3,), 1 / 3)
         ({"projections": torch.ones(1, 2), "streaming": True}, ValueError, "`projections` must be None with"),
         ({"reduction": "max"}, ValueError, "`reduction` must be 'none', 'sum' or 'mean', got 'max'"),
         ({"x": torch.zeros(2, 3, 2), "y": torch.zeros(4, 3, 2)}, ValueError, "must broadcast, got (2,), (4,)"),
+        ({"x": X.to_sparse()}, TypeError, "`x` must be a dense tensor, got torch.sparse_coo"),
+        ({"generator": 3}, TypeError, "`generator` must be None or a torch.Generator, got int"),
+        ({"root": "yes"}, TypeError, "`root` must be True or False, got str"),
+        ({"streaming": 1}, TypeError, "`streaming` must be True or False, got int"),
     ],
 )
 def test_sliced_wasserstein(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -52,7 +56,42 @@ def test_sliced_wasserstein(options: dict[str, Any], error: type[Exception], tex
     ("function", "arguments", "options", "error", "text"),
     [
         ("max_sliced_wasserstein", (X, X), {"n_steps": -1}, ValueError, "`n_steps` must be an integer >= 0, got -1"),
-        ("max_sliced_wasserstein", (X, X), {"step_size": 0.0}, ValueError, "`step_size` must be positive, got 0.0"),
+        ("max_sliced_wasserstein", (X, X), {"step_size": 0.0}, ValueError, "`step_size` must be finite and greater"),
+        ("max_sliced_wasserstein", (X, X), {"step_size": torch.inf}, ValueError, "`step_size` must be finite and gre"),
+        ("max_sliced_wasserstein", (X, X), {"step_size": "a"}, TypeError, "`step_size` must be a float, got str"),
+        ("max_sliced_wasserstein", (X, X), {"generator": "a"}, TypeError, "`generator` must be None or a torch.Gen"),
+        ("max_sliced_wasserstein", (X, X), {"root": None}, TypeError, "`root` must be True or False, got NoneType"),
+        ("max_sliced_wasserstein", (X, X), {"x_weights": W[None]}, ValueError, "must have shape (3,), got (1, 3)"),
+        ("energy_sliced_wasserstein", (X, X), {"detach_weights": 1}, TypeError, "`detach_weights` must be True or"),
+        ("energy_sliced_wasserstein", (X, X), {"root": 1}, TypeError, "`root` must be True or False, got int"),
+        ("energy_sliced_wasserstein", (X, X), {"generator": 1}, TypeError, "`generator` must be None or a torch.Gen"),
+        ("sliced_wasserstein_matrix", (X[None],), {"root": 1}, TypeError, "`root` must be True or False, got int"),
+        ("sliced_wasserstein_distance", (X, X), {"log": 1}, TypeError, "`log` must be True or False, got int"),
+        ("max_sliced_wasserstein_distance", (X, X), {"log": 1}, TypeError, "`log` must be True or False, got int"),
+        ("sliced_wasserstein_distance", (X, X), {"seed": 2**64}, ValueError, "`seed` must be from -2**63 to 2**64 - 1"),
+        ("sliced_wasserstein_distance", (X, X, W.repeat(2, 1)), {}, ValueError, "`a` must have shape (3,), got (2, 3)"),
+        ("max_sliced_wasserstein_distance", (X, X, W, W[None]), {}, ValueError, "`b` must have shape (3,), got (1, 3)"),
+        (
+            "sliced_wasserstein_distance",
+            (X, X),
+            {"projections": torch.ones(2, 0)},
+            ValueError,
+            "`projections` must have shape (2, L), L >= 1, got (2, 0)",
+        ),
+        (
+            "sliced_wasserstein_distance",
+            (X, X),
+            {"projections": torch.tensor([[1.0, 0], [0, 0]])},
+            ValueError,
+            "`projections` must have no column of zero norm, got zeros in column 1",
+        ),
+        (
+            "sliced_wasserstein_distance",
+            (X, X),
+            {"projections": [1]},
+            TypeError,
+            "`projections` must be a tensor of shape (2, L), got list",
+        ),
         ("max_sliced_wasserstein", (X[None], X), {}, ValueError, "`x` must have shape (points, d), got (1, 3, 2)"),
         ("energy_sliced_wasserstein", (X, X), {"energy": "log"}, ValueError, "`energy` must be 'exp', 'identity' or"),
         ("sliced_wasserstein_matrix", (X,), {}, ValueError, "`xs` must have shape (clouds, points, d) with at least"),
@@ -76,7 +115,7 @@ def test_sliced_wasserstein(options: dict[str, Any], error: type[Exception], tex
             (X, X),
             {"projections": torch.ones(3, 2)},
             ValueError,
-            "`projections` must have shape (2, L), got (3, 2)",
+            "`projections` must have shape (2, L), L >= 1, got (3, 2)",
         ),
     ],
 )
@@ -92,5 +131,6 @@ def test_variants(
 def test_second_derivative_of_a_stream_raises() -> None:
     x = torch.randn(4, 2, requires_grad=True)
     value = fastloss.sliced_wasserstein(x, X, n_projections=3, streaming=True)
+    (slope,) = torch.autograd.grad(value, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(value, x, create_graph=True)
+        torch.autograd.grad(slope.sum(), x)

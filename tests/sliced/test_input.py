@@ -6,6 +6,7 @@ import copy
 import inspect
 from typing import Any
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -160,6 +161,51 @@ def test_denormals_and_signed_zeros(backend: str, dtype: torch.dtype) -> None:
     assert fastloss.sliced_wasserstein(signs, zero[:33], p=1, projections=theta) == 0
 
 
+def test_soft_correspondence_of_nothing_finite_is_nan_as_in_the_reference() -> None:
+    x, y = (t.float() for t in clouds(6, 5, 3))
+    for row, value in ((1, torch.nan), (3, torch.inf), (4, -torch.inf)):
+        x[row, 1] = value
+    y[:, 1] = y[:, 1].abs()  # every similarity of -inf is -inf
+    got: list[Tensor] = []
+    want: list[Tensor] = []
+    gradients = []
+    for function, results in ((fastloss.soft_correspondence, got), (reference.soft_correspondence, want)):
+        leaves = [t.clone().requires_grad_() for t in (x, y)]
+        results.append(function(*leaves))
+        gradients.append([g.isfinite() for g in torch.autograd.grad(results[0].sum(), leaves)])
+    assert got[0].isnan().all(1).tolist() == want[0].isnan().any(1).tolist() == [row in (1, 3, 4) for row in range(6)]
+    for finite, expected in zip(*gradients, strict=True):
+        assert torch.equal(finite, expected)
+
+
+@pytest.mark.parametrize("p", [1500.0, 1e9])
+def test_powers_beyond_the_range_are_zero_or_infinite(backend: str, p: float) -> None:
+    x, theta = torch.zeros(2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for far in (0.3, 0.5, 0.72, 1.0, 1.4, 1.45, 5.0):
+        want = torch.tensor(far, dtype=torch.float64) ** p
+        for y in (x + far, x[:1] + far):
+            got = fastloss.sliced_wasserstein(x, y, p=p, projections=theta)
+            assert got == want or abs(got / want - 1) < p * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("energy", ["exp", "identity", "square"])
+@pytest.mark.parametrize("scale", [1e-12, 1e10, 1e19])
+def test_energies_of_tiny_and_huge_costs(scale: float, energy: str) -> None:
+    x, y = (t.float() for t in clouds())
+    options = {"projections": THETA.float(), "p": 1, "energy": energy, "detach_weights": False}
+    if scale < 1e19:
+        options["p"] = 2
+    x = (x * scale).requires_grad_()
+    y = y * scale
+    results = []
+    for function, dtype in ((fastloss, torch.float32), (reference, torch.float64)):
+        wide = {**options, "projections": THETA.to(dtype)}
+        value = function.energy_sliced_wasserstein(x.to(dtype), y.to(dtype), **wide)
+        results.append((value.detach().double(), torch.autograd.grad(value, x)[0].double()))
+    for got, want in zip(*results, strict=True):
+        assert float((got - want).abs().max()) <= 200 * torch.finfo(torch.float32).eps * float(want.abs().max())
+
+
 # ---------------------------------------------------------------- conventions
 
 
@@ -225,6 +271,12 @@ def test_module_is_the_function() -> None:
     function = inspect.signature(fastloss.sliced_wasserstein).parameters
     assert set(parameters) - {"self"} == set(function) - {"x", "y", "x_weights", "y_weights"}
     assert all(p.default == function[p.name].default for p in parameters.values() if p.name != "self")
+    assert "projections=(3, 2)" in repr(module)
+    assert "n_projections" not in repr(module)
+    learned = fastloss.SlicedWassersteinLoss(projections=torch.nn.Parameter(THETA.clone()))
+    assert [name for name, _ in learned.named_parameters()] == list(learned.state_dict()) == ["projections"]
+    learned(x, y).backward()
+    assert bool(learned.projections.grad.any())
     with pytest.raises(ValueError, match="SlicedWassersteinLoss: `reduction` must be"):
         fastloss.SlicedWassersteinLoss(reduction="max")
 
@@ -247,6 +299,139 @@ def test_compile_func_and_vmap() -> None:
     assert_equal_to_rounding(got, torch.stack([loss(one, y) for one in batch]), terms=10)
     per_cloud = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(batch, y)
     assert_equal_to_rounding(per_cloud[0], want, terms=100)
+
+
+def best_direction(x: Tensor, y: Tensor) -> Tensor:
+    return fastloss.max_sliced_wasserstein(x, y, projections=THETA, n_steps=5)
+
+
+def streamed(x: Tensor, y: Tensor) -> Tensor:
+    return fastloss.sliced_wasserstein(x, y, n_projections=300, streaming=True, generator=generator(1), root=True)
+
+
+def best_plan(x: Tensor, y: Tensor) -> Tensor:
+    return fastloss.min_sliced_transport_plan(x, y, projections=THETA.T, log=True)[1]
+
+
+@pytest.mark.parametrize("loss", [best_direction, streamed, best_plan])
+@pytest.mark.parametrize("mode", ["inference", "grad", "vmap", "vmap of grad", "compile"])
+def test_every_mode_gives_the_same_numbers(loss: Any, mode: str) -> None:
+    x, y = clouds()
+    batch = torch.stack([x, 2 * x, -x])
+
+    def gradient(one: Tensor) -> Tensor:
+        leaf = one.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf, y), leaf)[0]
+
+    if mode == "inference":
+        with torch.inference_mode():
+            got, want = loss(x.clone(), y), loss(x, y)
+    elif mode == "grad":
+        got, want = torch.func.grad(loss)(x, y), gradient(x)
+    elif mode == "vmap":
+        got = torch.func.vmap(loss, in_dims=(0, None), randomness="same")(batch, y)
+        want = torch.stack([loss(one, y) for one in batch])
+    elif mode == "vmap of grad":
+        got = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None), randomness="same")(batch, y)
+        want = torch.stack([gradient(one) for one in batch])
+    else:
+        leaf = x.clone().requires_grad_()
+        seeded = loss is streamed  # Dynamo does not trace generators
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            return fastloss.sliced_wasserstein(x, y, streaming=True, n_projections=300) if seeded else loss(x, y)
+
+        torch.manual_seed(0)
+        got = torch.autograd.grad(torch.compile(loss_of, backend="aot_eager", fullgraph=True)(leaf, y), leaf)[0]
+        torch.manual_seed(0)
+        want = torch.autograd.grad(loss_of(leaf, y), leaf)[0]
+    assert_equal_to_rounding(got, want, terms=200)
+
+
+def test_compiled_with_numbers_that_vary() -> None:
+    x, y = clouds()
+
+    def loss(x: Tensor, y: Tensor, p: float) -> Tensor:
+        return fastloss.sliced_wasserstein(x, y, p=p, projections=THETA)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for p in (1.5, 2.5, 3.5):
+        assert torch.equal(compiled(x, y, p), loss(x, y, p))
+
+
+def test_random_directions_of_each_element_of_vmap() -> None:
+    x, y = clouds()
+    batch = x.expand(3, -1, -1)
+    for streaming in (False, True):
+
+        def loss(x: Tensor, sampler: str = "random", streaming: bool = streaming) -> Tensor:
+            return fastloss.sliced_wasserstein(x, y, n_projections=300, streaming=streaming, sampler=sampler)
+
+        assert len(torch.func.vmap(loss, randomness="different")(batch).unique()) == 3
+        same = torch.func.vmap(lambda x, f=loss: f(x, "qmc"), randomness="same")(batch)
+        assert len(same.unique()) == 1
+        with pytest.raises(RuntimeError, match='sliced_wasserstein: `sampler` "qmc" draws one'):
+            torch.func.vmap(lambda x, f=loss: f(x, "qmc"), randomness="different")(batch)
+
+
+def test_autocast_leaves_every_function_alone() -> None:
+    x, y = (t.float() for t in clouds(20, 13, 3))
+    unit = torch.nn.functional.normalize(x, dim=1)
+    theta = torch.randn(4, 3, generator=generator())
+
+    def everything() -> list[Tensor]:
+        return [
+            fastloss.sliced_wasserstein_matrix(torch.stack([x, x * x]), y[None], projections=theta),
+            fastloss.sliced_wasserstein_sphere(unit, unit[:7], seed=1),
+            fastloss.sliced_wasserstein_sphere_unif(unit, seed=1),
+            *fastloss.sliced_plans(x, y, projections=theta.T, log=True)[2].values(),
+            fastloss.min_sliced_transport_plan(x, y, projections=theta.T, log=True)[2]["X_min_projection"],
+            fastloss.soft_correspondence(x, y),
+        ]
+
+    want = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = everything()
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+def test_matrix_of_one_list_is_exactly_symmetric() -> None:
+    for seed in range(8):
+        xs = torch.randn(5, 17, 2, generator=generator(seed))
+        matrix = fastloss.sliced_wasserstein_matrix(xs, n_projections=7, p=1.5, generator=generator(seed))
+        assert torch.equal(matrix, matrix.T)
+        assert torch.equal(matrix.diagonal(), torch.zeros(5))
+
+
+def test_numbers_of_numpy() -> None:
+    x, y = clouds()
+    want = fastloss.sliced_wasserstein_distance(x, y, n_projections=9, p=3, seed=4)
+    got = fastloss.sliced_wasserstein_distance(x, y, n_projections=np.int64(9), p=np.float32(3), seed=np.int64(4))
+    assert torch.equal(got, want)
+    plan = fastloss.min_sliced_transport_plan(x, y, n_projections=9, seed=4, metric="minkowski", p=3)[1]
+    options: dict[str, Any] = {
+        "n_projections": np.int32(9),
+        "seed": np.uint8(4),
+        "p": np.int64(3),
+        "batch_size": np.int64(5),
+    }
+    assert_equal_to_rounding(
+        fastloss.min_sliced_transport_plan(x, y, metric="minkowski", **options)[1], plan, terms=200
+    )
+    unit = torch.nn.functional.normalize(x, dim=1)
+    want = fastloss.sliced_wasserstein_sphere(unit, unit[:9], n_projections=9, p=3, seed=4)
+    options = {"n_projections": np.int64(9), "p": np.float32(3), "seed": np.int64(4)}
+    got = fastloss.sliced_wasserstein_sphere(unit, unit[:9], **options)
+    assert torch.equal(got, want)
+
+
+def test_tensors_without_values_pass() -> None:
+    x, y, w = torch.empty(20, 3, device="meta"), torch.empty(13, 3, device="meta"), torch.empty(20, device="meta")
+    assert fastloss.sliced_wasserstein(x, y, x_weights=w, projections=x[:4]).is_meta
+    assert fastloss.sliced_wasserstein_sphere(x, y, w, projections=torch.empty(4, 3, 2, device="meta")).is_meta
+    assert fastloss.sliced_wasserstein_sphere_unif(x).is_meta
 
 
 def test_autocast_and_strides(backend: str) -> None:

@@ -227,7 +227,9 @@ def test_nan_and_infinity() -> None:
         ({"n_projections": 2, "p": 0.5}, ValueError, "`p` must be finite and at least 1, got 0.5"),
         ({"n_projections": 2, "seed": "a"}, TypeError, "`seed` must be None, an int or a torch.Generator, got str"),
         ({"n_projections": 2, "batch_size": 0}, ValueError, "`batch_size` must be an integer >= 1, got 0"),
-        ({"projections": torch.ones(3, 2)}, ValueError, "`projections` must have shape (2, L), got (3, 2)"),
+        ({"projections": torch.ones(3, 2)}, ValueError, "`projections` must have shape (2, L), L >= 1, got (3, 2)"),
+        ({"n_projections": 2, "log": 1}, TypeError, "`log` must be True or False, got int"),
+        ({"n_projections": 2, "a": torch.ones(2, 3) / 3}, ValueError, "`a` must have shape (3,), got (2, 3)"),
         ({"n_projections": 2, "a": torch.ones(3)}, ValueError, "`a` must sum to one"),
         ({"n_projections": 2, "b": -torch.ones(4)}, ValueError, "`b` must not be negative, got -1"),
         ({"n_projections": 2, "X_t": torch.ones(4, 3)}, ValueError, "`X_t` must have the width of `X_s`, 2, got 3"),
@@ -240,6 +242,53 @@ def test_errors(name: str, options: dict[str, Any], error: type[Exception], text
         getattr(fastloss, name)(**{"X_s": torch.zeros(3, 2), "X_t": torch.zeros(4, 2), **options})
     assert text in str(caught.value)
     assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", ["min_sliced_transport_plan", "expected_sliced_plan"])
+def test_error_of_dense(name: str) -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(TypeError, match=f"{name}: `dense` must be True or False, got int"):
+        getattr(fastloss, name)(x, x, n_projections=2, dense=1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_projections_that_are_not_finite_give_nan(value: float, weighted: bool) -> None:
+    x, y, theta = clouds(10, 10)
+    ab = weights(10, 10) if weighted else []
+    theta[1, 2] = value
+    plans, costs = fastloss.sliced_plans(x, y, *ab, projections=theta)
+    assert costs.isnan().tolist() == [k == 2 for k in range(6)]
+    assert [bool(plan.data.isnan().all()) for plan in plans] == costs.isnan().tolist()
+    for name in ("min_sliced_transport_plan", "expected_sliced_plan"):
+        assert bool(getattr(fastloss, name)(x, y, *ab, projections=theta)[1].isnan()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_beta_chooses_the_cheapest_or_the_dearest_plan(dtype: torch.dtype) -> None:
+    x, y, theta = (t.to(dtype) for t in clouds())
+    costs = fastloss.sliced_plans(x, y, projections=theta)[1]
+    x.requires_grad_()
+    for beta in (1e30, 1e39, 1e308):
+        for sign, want in ((1, costs.min()), (-1, costs.max())):
+            cost = fastloss.expected_sliced_plan(x, y, projections=theta, beta=sign * beta)[1]
+            assert_equal_to_rounding(cost, want, terms=60)
+            assert bool(torch.autograd.grad(cost, x)[0].isfinite().all())
+
+
+def test_second_derivatives_are_finite_differences() -> None:
+    x, y, theta = clouds(5, 4)
+    logits = [w.log() for w in weights(5, 4)]
+
+    def costs(x: Tensor, y: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        options = {"projections": theta, "metric": "euclidean"}
+        ab = p.softmax(0), q.softmax(0)
+        every = fastloss.sliced_plans(x, y, *ab, **options)[1]
+        best = fastloss.min_sliced_transport_plan(x, y, *ab, **options)[1]
+        plan, mean = fastloss.expected_sliced_plan(x, y, *ab, **options, beta=0.5)
+        return torch.cat([every, torch.stack([best, mean]), plan.data])
+
+    assert torch.autograd.gradgradcheck(costs, [t.requires_grad_() for t in (x, y, *logits)])
 
 
 def test_error_of_beta() -> None:

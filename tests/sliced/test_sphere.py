@@ -29,15 +29,17 @@ def weights(n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_sphere_is_the_reference_and_pot(p: int, weighted: bool) -> None:
     x, y = sphere(13, 0), sphere(9, 1)
-    ab = (weights(13, 2), weights(9, 3)) if weighted else (None, None)
+    ab = (weights(13, 2).requires_grad_(), weights(9, 3).requires_grad_()) if weighted else (None, None)
     value, log = fastloss.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4, log=True)
     want, expected = fastloss.reference.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4, log=True)
     assert_equal_to_rounding(value.detach(), want.detach(), terms=1000)
     assert_equal_to_rounding(log["projected_emds"].detach(), expected["projected_emds"].detach(), terms=1000)
-    peer = ot.sliced_wasserstein_sphere(x, y, *ab, n_projections=6, p=p, seed=4)
+    fixed = [None if w is None else w.detach() for w in ab]
+    peer = ot.sliced_wasserstein_sphere(x, y, *fixed, n_projections=6, p=p, seed=4)
     assert abs(float((value - peer).detach())) < 1e-6  # POT stops its search at 1e-6
     if p > 1:  # at p = 1 the best shift is an interval, and any of its ends a subgradient
-        for g, w in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(want, (x, y)), strict=True):
+        leaves = [t for t in (x, y, *ab) if t is not None]
+        for g, w in zip(torch.autograd.grad(value, leaves), torch.autograd.grad(want, leaves), strict=True):
             assert_equal_to_rounding(g, w, terms=4000)
 
 
@@ -82,6 +84,17 @@ def test_errors(name: str) -> None:
         function(*clouds, seed="a")
     with pytest.raises(ValueError, match="`a` must sum to one"):
         function(*clouds, a=torch.ones(4))
+    with pytest.raises(ValueError, match=r"`a` must have shape \(4,\), got \(1, 4\)"):
+        function(*clouds, a=torch.full((1, 4), 0.25))
+    with pytest.raises(TypeError, match="`log` must be True or False, got int"):
+        function(*clouds, log=1)
+    frames = torch.eye(3, dtype=torch.float64)[:, :2].repeat(2, 1, 1)
+    function(*clouds, projections=frames)
+    for bad in (0 * frames, torch.ones_like(frames), frames * torch.tensor([1.0, 1 + 1e-7]), frames * torch.nan):
+        frames[1] = bad[1]
+        with pytest.raises(ValueError, match=r"`projections` must have orthonormal columns \(to 1e-08\), .* plane 1"):
+            function(*clouds, projections=frames)
+    function(*clouds, projections=torch.linalg.qr(torch.randn(50, 3, 2))[0].bfloat16())
     line = torch.ones(4, 1)
     with pytest.raises(ValueError, match="`X_s` must have at least two dimensions"):
         function(*(line for _ in clouds))
@@ -92,3 +105,19 @@ def test_clouds_of_two_dtypes_meet_in_the_wider() -> None:
     expected = fastloss.sliced_wasserstein_sphere(x, y.double(), seed=4)
     assert torch.equal(fastloss.sliced_wasserstein_sphere(x, y, seed=4), expected)
     assert fastloss.sliced_wasserstein_sphere(y, x, seed=4).dtype == torch.float64
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_derivatives_are_finite_differences(weighted: bool) -> None:
+    x, y = sphere(6, 0).detach(), sphere(5, 1).detach()
+    logits = [weights(n, n).log() for n in (6, 5)] if weighted else []
+
+    def values(*leaves: Tensor) -> Tensor:
+        points = [torch.nn.functional.normalize(t, dim=1) for t in leaves[:2]]
+        ab = [t.softmax(0) for t in leaves[2:]]
+        uniform = fastloss.sliced_wasserstein_sphere_unif(points[0], *ab[:1], n_projections=4, seed=4)
+        return torch.stack([fastloss.sliced_wasserstein_sphere(*points, *ab, n_projections=4, seed=4), uniform])
+
+    leaves = [t.requires_grad_() for t in (x, y, *logits)]
+    assert torch.autograd.gradcheck(values, leaves)
+    assert torch.autograd.gradgradcheck(values, leaves)

@@ -92,3 +92,18 @@ def peak_bytes(run: Any) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def blas_repeats() -> bool:
+    """Whether products have the same bits with one thread and with two: MKL splits some deep ones over threads."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(188, 1024, generator=generator), torch.randn(1024, 16, generator=generator)
+    products: dict[int, list[Tensor]] = {1: [], 2: []}
+    before = torch.get_num_threads()
+    for count, made in products.items():
+        torch.set_num_threads(count)
+        for rows in (16, 76, 188):
+            for depth in (333, 512, 700, 1024):
+                made += [a[:rows, :depth] @ b[:depth], a[:rows, :depth].t().contiguous().t() @ b[:depth]]
+    torch.set_num_threads(before)
+    return all(map(torch.equal, *products.values()))

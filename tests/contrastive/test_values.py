@@ -24,6 +24,7 @@ from tests.contrastive.problems import (
     evaluate,
     make_problem,
 )
+from tests.support import blas_repeats
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -554,19 +555,6 @@ class TestPerRowTemperature:
         result = evaluate(problem.with_tensors(temperature=torch.tensor(0.125, dtype=dtype)))
         assert result.gradients["temperature"].dtype == dtype
         assert result.loss.dtype == torch.float32
-
-
-def blas_repeats() -> bool:
-    """Whether products have the same bits with one thread and with two: MKL splits some over threads."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(188, 1024, generator=generator), torch.randn(1024, 16, generator=generator)
-    products: dict[int, list[Tensor]] = {1: [], 2: []}
-    for count, made in products.items():
-        torch.set_num_threads(count)
-        for rows in (76, 188):
-            for depth in (512, 700, 1024):
-                made += [a[:rows, :depth] @ b[:depth], a[:rows, :depth].t().contiguous().t() @ b[:depth]]
-    return all(map(torch.equal, *products.values()))
 
 
 class TestEnvironment:

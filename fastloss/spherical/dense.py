@@ -14,12 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastloss.spherical.factored import Gradients, Scratch, gradient
-
-__all__ = [
-    "State", "commit", "drift", "from_dense", "gradient", "logits", "plan", "refresh", "stabilise", "statistics",
-    "to_dense",
-]  # fmt: skip
+from fastloss.spherical.factored import Gradients, Scratch
 
 
 @dataclass
@@ -60,9 +55,8 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
     """As `factored.plan`; `limit` and `scratch` are of no use here."""
     hidden, shrink = grads.hidden, 1 - lr * decay
     by_logits = (hidden @ state.v.T).mul_(2 * grads.g_v[:, None]).scatter_add_(1, grads.target, grads.g_t)
-    by_logits -= by_logits.mean(1, keepdim=True)  # t is a logit less the mean, so its gradient has none
     v = torch.addmm(state.v, by_logits.T, hidden, beta=shrink, alpha=-lr)
-    v -= v.mean(0)  # rounding
+    v -= v.mean(0)  # t is a logit less the mean
     mean = torch.addmv(state.mean, hidden.T, grads.g_mean, beta=shrink, alpha=-lr / len(v))
     if not math.isfinite(float(v.sum()) + float(mean.sum())):
         raise OverflowError

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastloss._checks import (
     check_device,
+    check_flag,
     check_floating,
     check_ids,
     check_int,
@@ -25,6 +26,7 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
+from fastloss.spherical.tiles import accumulation_dtype
 
 
 def z_loss(
@@ -40,7 +42,7 @@ def z_loss(
     eps: float = 1e-12,
     gradient_overwrites_logits: bool = False,
 ) -> Tensor:
-    r"""The Z-loss: a classification loss that no shift and no scaling up of a row of logits changes (see Returns).
+    r"""The Z-loss: a classification loss that no shift and no scaling up of a row of logits changes.
 
     .. math::
         \ell = \tfrac1a \log\bigl(1 + e^{a (b - z_t)}\bigr), \qquad z_t = \frac{o_t - \mu}{\sigma + \varepsilon},
@@ -64,6 +66,8 @@ def z_loss(
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
         A row whose logits are all equal (one class is such a row) has z = 0, loss log(1 + exp(a b)) / a and gradient 0;
         the gradient has no limit there, and grows as 1 / sigma close to it.
+        A row whose sum of squares about the mean overflows (in float32, beyond 3.4e38) has loss NaN. Where sigma is
+        not far above eps, or the squares underflow, z tends to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:
@@ -90,9 +94,7 @@ def z_loss(
         tensor(0.1629)
     """
     name = "z_loss"
-    check_number(name, "a", a, above=0)
-    check_number(name, "b", b)
-    check_number(name, "eps", eps, least=0)
+    check_z(name, a, b, eps, _dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
@@ -150,7 +152,7 @@ def spherical_softmax_loss(
         tensor(0.4055)
     """
     name = "spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0)
+    check_number(name, "eps", eps, above=0, dtype=_dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_spherical(rows, eps), reduction)
 
@@ -301,6 +303,8 @@ def linear_z_loss(
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
         A row whose logits are all equal (one class is such a row) has z = 0, loss log(1 + exp(a b)) / a and gradient 0;
         the gradient has no limit there, and grows as 1 / sigma close to it.
+        A row whose sum of squares about the mean overflows (in float32, beyond 3.4e38) has loss NaN. Where sigma is
+        not far above eps, or the squares underflow, z tends to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:
@@ -334,9 +338,7 @@ def linear_z_loss(
         tensor(0.1629)
     """
     name = "linear_z_loss"
-    check_number(name, "a", a, above=0)
-    check_number(name, "b", b)
-    check_number(name, "eps", eps, least=0)
+    check_z(name, a, b, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
@@ -395,7 +397,7 @@ def linear_spherical_softmax_loss(
         tensor(0.2231)
     """
     name = "linear_spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0)
+    check_number(name, "eps", eps, above=0, dtype=_dtype(hidden, weight, bias))
     rows = _linear_rows(name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction)
     return rows.reduce(_spherical(rows, eps), reduction)
 
@@ -510,6 +512,18 @@ def linear_one_hot_mse_loss(
     return rows.reduce(_one_hot_mse(rows), reduction)
 
 
+def check_z(function: str, a: Any, b: Any, eps: Any, dtype: torch.dtype) -> None:
+    """The numbers of the Z-loss of statistics in `dtype`."""
+    check_number(function, "a", a, above=0, dtype=dtype)
+    check_number(function, "b", b, dtype=dtype)
+    check_number(function, "eps", eps, least=0, dtype=dtype)
+
+
+def _dtype(*inputs: Any) -> torch.dtype:
+    """Of the statistics; what is no tensor is refused later."""
+    return accumulation_dtype(*(x for x in inputs if isinstance(x, Tensor)))
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Statistics of the rows, with harmless ones in ignored rows, and the rows' weights."""
@@ -546,6 +560,7 @@ def _rows(
     check_reduction(name, reduction)
     check_floating(name, "logits", logits, "(B, C)", 2)
     target = _check_labels(name, "logits", logits, logits.shape[1], target, class_weight, sample_weight, ignore_index)
+    check_flag(name, "gradient_overwrites_logits", overwrite)
     if overwrite:
         _check_overwritten(name, logits)
     moments = row_moments(logits, target, name, overwrite=overwrite)
@@ -601,7 +616,7 @@ def _check_labels(
     """The targets as the ops take them: -1 for ignored rows."""
     if classes == 0:
         raise ValueError(f"{function}: C, the number of classes, must be at least 1, got 0")
-    check_int(function, "ignore_index", ignore_index, least=-(2**63))
+    check_int(function, "ignore_index", ignore_index)
     target = check_ids(function, "target", target, (x.shape[0],), name, x)
     for label, w, size, shape, why in (
         ("class_weight", class_weight, classes, "(C,)", "one a class"),

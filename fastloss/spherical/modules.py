@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastloss._checks import check_device, check_floating, check_ids, check_number, check_size
+from fastloss._checks import (
+    check_device,
+    check_flag,
+    check_floating,
+    check_ids,
+    check_int,
+    check_number,
+    check_size,
+)
 from fastloss.spherical import dense, factored
-from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z
+from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
@@ -91,19 +99,11 @@ class FactoredOutput(nn.Module):
         refresh_every: int, steps between two computations of the Gram matrix anew, in O(C D^2); 0 for never.
         device, dtype: of the state; float32 or float64.
 
-    Call:
-        hidden (B, D) of the layer's dtype; target (B,) or (B, K) integers in [0, C), or `ignore_index`; target_weight
-        (B, K), required with K targets; sample_weight (B,) and, for one target, class_weight (C,): factors for each
-        example, as in :func:`fastloss.z_loss`. An example's loss is the sum over k of target_weight[k] times the loss
-        of target[k]; for "mse" it is the squared error to the vector with target_weight[k] added at target[k]. Returns
-        the (weighted) mean over the examples that are not ignored, NaN where there are none.
-
     Raises:
-        TypeError: not tensors, or of another dtype than the layer's (target: an integer dtype).
-        ValueError: shapes or devices that do not fit, a target out of range, a number out of its range, a callable that
-            returns another shape.
-        RuntimeError: a second forward before a step without `accumulate`, a step without a gradient or with one that is
-            not finite, a backward pass after the weight has changed. No error changes the state.
+        TypeError: an argument of another type, `dtype` neither float32 nor float64.
+        ValueError: a number out of its range, or not in that of `dtype`; an unknown `loss`.
+        RuntimeError: a step without a gradient or with one that is not finite, a backward pass after the weight has
+            changed. No error changes the state.
 
     Few classes:
         Up to 64, or twice the width (a bias counts as one), the state is the weight itself, and a step O(B C D): the
@@ -129,6 +129,11 @@ class FactoredOutput(nn.Module):
         DistributedDataParallel does, and does the same step on every rank; a rank without a gradient takes part with no
         rows. With equal batches this is the step of one process with all of them. The layer has no parameters for
         DistributedDataParallel to average; give that ``broadcast_buffers=False``, or it sends V in every forward pass.
+
+    Autocast and compilation:
+        In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
+        breaks its graph at the layer, which looks at the targets and keeps gradients for the step: compile what is
+        below it.
 
     Determinism:
         As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the
@@ -184,21 +189,20 @@ class FactoredOutput(nn.Module):
         if not isinstance(loss, str) and not callable(loss):
             raise TypeError(f"{name}: `loss` must be a string or a callable, got {type(loss).__name__}")
         for label, size in (("in_features", in_features), ("num_classes", num_classes)):
-            check_number(name, label, size, least=1)
-        check_number(name, "a", a, above=0)
-        check_number(name, "b", b)
-        check_number(name, "max_scale", max_scale, above=1)
-        check_number(name, "refresh_every", refresh_every, least=0)
-        eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
-        if loss == "spherical":
-            check_number(name, "eps", eps, above=0)
-        check_number(name, "eps", eps, least=0)
+            check_int(name, label, size, least=1)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
-        self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bool(bias)
+        for label, flag in (("bias", bias), ("accumulate", accumulate)):
+            check_flag(name, label, flag)
+        check_number(name, "max_scale", max_scale, above=1)
+        check_int(name, "refresh_every", refresh_every, least=0)
+        check_int(name, "ignore_index", ignore_index)
+        eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
+        check_z(name, a, b, eps, dtype)
+        if loss == "spherical":
+            check_number(name, "eps", eps, above=0, dtype=dtype)
+        self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bias
         self.loss, self.a, self.b, self.eps = loss, a, b, eps
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"{name}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
         self.ignore_index = ignore_index
         self.accumulate, self.max_scale, self.refresh_every = accumulate, max_scale, refresh_every
         for counter in COUNTERS:
@@ -261,12 +265,14 @@ class FactoredOutput(nn.Module):
         check_floating(name, "hidden", hidden, "(B, D)", 2)
         check_size(name, "hidden", hidden, 1, self.in_features, "`in_features`")
         check_device(name, "hidden", hidden, "the layer", self.v)
-        if hidden.dtype != self.v.dtype or self.v.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name}: `hidden` must have the layer's dtype, float32 or float64, got {hidden.dtype} "
-                f"with a layer in {self.v.dtype}"
-            )
+        self._check_dtype(name)
+        if hidden.dtype != self.v.dtype:
+            raise TypeError(f"{name}: `hidden` must have the layer's dtype, {self.v.dtype}, got {hidden.dtype}")
         return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if self.has_bias else hidden
+
+    def _check_dtype(self, name: str) -> None:
+        if self.v.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
 
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._in_range(name, label, check_ids(name, label, ids, shape, "the layer", self.v))
@@ -297,9 +303,7 @@ class FactoredOutput(nn.Module):
         """The k largest logits (B, k), sorted, and their classes (B, k); at most 2^22 logits are held at a time."""
         name = "FactoredOutput.topk"
         hidden = self._hidden(name, hidden)
-        check_number(name, "k", k, least=1)
-        if k > self.num_classes:
-            raise ValueError(f"{name}: `k` must be at most {self.num_classes}, the number of classes, got {k}")
+        check_int(name, "k", k, least=1, most=self.num_classes)
         rows = max(k, TILE // max(1, len(hidden)))
         best = hidden.new_empty(len(hidden), 0)
         index = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
@@ -320,6 +324,23 @@ class FactoredOutput(nn.Module):
         class_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
+        """The (weighted) mean of the losses of the examples that are not ignored, NaN where there are none.
+
+        Args:
+            hidden: (B, D) of the layer's dtype, in an autocast region too.
+            target: (B,) or (B, K) integers in [0, C), or `ignore_index`.
+            target_weight: (B, K) of any floating dtype, required with targets (B, K). The loss of an example is the sum
+                over k of target_weight[k] times the loss of target[k]; for "mse" it is the squared error to the vector
+                with target_weight[k] added at target[k].
+            class_weight: (C,), with one target an example, and
+            sample_weight: (B,), factors of an example's loss, as in :func:`fastloss.z_loss`.
+
+        Raises:
+            TypeError: not tensors, not of a floating (target: integer) dtype, `hidden` not of the layer's dtype.
+            ValueError: shapes or devices that do not fit, a target out of range, a callable loss that returns another
+                shape.
+            RuntimeError: a second forward before a step without `accumulate`.
+        """
         name = "FactoredOutput"
         inputs = self._hidden(name, hidden)
         several = isinstance(target, Tensor) and target.dim() == 2
@@ -337,10 +358,14 @@ class FactoredOutput(nn.Module):
                 )
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
+        weighted = target_weight is not None
         row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
         training = torch.is_grad_enabled()
         if training and self._open and not self.accumulate:
-            raise RuntimeError(f"{name}: second forward before a step; pass accumulate=True to add gradients")
+            raise RuntimeError(
+                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
+                "accumulate=True adds their gradients, torch.no_grad() keeps none"
+            )
         if ignored is not None:
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
@@ -351,7 +376,7 @@ class FactoredOutput(nn.Module):
             inputs = inputs.detach().requires_grad_()
         weights = [w for w in (target_weight, row_weight) if w is not None]
         with torch.autocast(inputs.device.type, enabled=False):
-            if self._has_closed_form(several) and not any(w.requires_grad for w in weights):
+            if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
                 share = self._share(len(hidden), target_weight, row_weight)
                 loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
                 loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
@@ -407,6 +432,7 @@ class FactoredOutput(nn.Module):
         """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""
         classes = self.num_classes
         if self.loss == "z":
+            v = v.masked_fill(v.isinf(), torch.nan)
             flat = v == 0
             deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
             scale = (deviation + self.eps).reciprocal_().masked_fill_(flat, 0)
@@ -464,10 +490,9 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        check_number(name, "lr", lr)
-        check_number(name, "weight_decay", weight_decay)
-        if self.v.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
+        check_number(name, "lr", lr, least=0)
+        check_number(name, "weight_decay", weight_decay, least=0)
+        self._check_dtype(name)
         grads = _joined(self._pending) if self._pending else None
         if group is not None:
             grads = _gathered(grads, self.v, (lr, weight_decay), group)
@@ -690,7 +715,9 @@ class FactoredSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay}
         self._layers: list[FactoredOutput] = []
         groups: list[dict[str, Any]] = []
-        for item in [layers] if isinstance(layers, FactoredOutput) else layers:
+        if not isinstance(layers, (nn.Module, Iterable)):
+            raise TypeError(f"{name}: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
+        for item in [layers] if isinstance(layers, nn.Module) else layers:
             options = dict(item) if isinstance(item, dict) else {"layer": item}
             layer = options.pop("layer", None)
             if not isinstance(layer, FactoredOutput):
@@ -705,7 +732,9 @@ class FactoredSGD(torch.optim.Optimizer):
             # No parameter is trained here; a small tensor of the layer stands for it in the group.
             groups.append({"params": [layer.mean], **options})
         if not groups:
-            raise ValueError(f"{name}: `layers` must hold at least one FactoredOutput, got none")
+            raise ValueError(
+                f"{name}: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), got none"
+            )
         super().__init__(groups, defaults)
 
     @torch.no_grad()

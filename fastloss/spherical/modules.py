@@ -132,8 +132,8 @@ class FactoredOutput(nn.Module):
 
     Autocast and compilation:
         In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
-        breaks its graph at the layer, which looks at the targets and keeps gradients for the step: compile what is
-        below it.
+        breaks its graph at the layer, which looks at the targets and keeps gradients for the step, and may warn there:
+        compile what is below it.
 
     Determinism:
         As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the

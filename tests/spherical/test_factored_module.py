@@ -389,7 +389,7 @@ def test_weights_of_classes_are_differentiated() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of what it does not trace
 def test_compiled_calls_are_those_of_the_layer() -> None:
     """Dynamo breaks its graph where it has to look at the targets; what runs is the same."""
     layer, _ = pair("z")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import Any
 
@@ -89,9 +88,13 @@ def check_scale(
     limit = torch.finfo(dtype).max
     if not -limit <= value <= limit or (positive and value < max(least, 1 / limit)):
         bound = f" and at least {least}" if least else " and positive" if positive else ""
-        many = isinstance(value, int) and value.bit_length() > 64
-        got = f"an integer of {value.bit_length()} bits" if many else value
-        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {got}")
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {_shown(value)}")
+
+
+def _shown(value: float) -> str:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
 
 
 def check_scalar_or_rows(
@@ -118,16 +121,35 @@ def check_scalar_or_rows(
 
 
 def check_number(
-    function: str, name: str, value: Any, *, above: float | None = None, least: float | None = None
+    function: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> None:
-    """A finite Python number, greater than `above` or at least `least`."""
+    """A Python number, finite, and greater than `above` or at least `least`; in `dtype`, too."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: `{name}` must be a float, got {type(value).__name__}")
-    if not math.isfinite(value) or (above is not None and value <= above) or (least is not None and value < least):
+    limit = torch.finfo(torch.float64).max
+    if not -limit <= value <= limit or (above is not None and value <= above) or (least is not None and value < least):
         bound = (
             f" and greater than {above}" if above is not None else f" and at least {least}" if least is not None else ""
         )
-        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {value}")
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {_shown(value)}")
+    limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    if not -limit <= value <= limit or (above == 0 and value < tiny):
+        bound = f"{tiny if above == 0 else -limit:.3g} to {limit:.3g}"
+        raise ValueError(f"{function}: `{name}` must be in the range of {dtype}, {bound}, got {value}")
+
+
+def check_int(function: str, name: str, value: Any, *, least: int = -(2**63), most: int = 2**63 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{function}: `{name}` must be an int, got {type(value).__name__}")
+    if not least <= value <= most:
+        bound = f"at least {least}" if value < least else f"at most {most}"
+        raise ValueError(f"{function}: `{name}` must be {bound}, got {_shown(value)}")
 
 
 def check_group(function: str, group: Any) -> Any:

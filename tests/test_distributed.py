@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fastloss
 import fastloss.reference
 from fastloss._distributed import AllGather, Ring, World
+from fastloss.spherical import modules as spherical_modules
 from tests.support import assert_as_accurate_as_torch, peak_bytes
 
 WORLDS = {2: [0, 2], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes
@@ -36,6 +37,7 @@ ROWS = {
     4: [(3, 3, 3, 3), (2, 5, 1, 0), (0, 0, 7, 0)],
 }
 SCHEDULES = ["all-gather", "ring"]
+FORMS = ["factors", "weight"]  # of a FactoredOutput
 VARIANTS = [
     "info_nce",
     "info_nce dot ids",
@@ -329,7 +331,20 @@ def factored_layer(rank: int | None, group: Any = None) -> fastloss.FactoredOutp
     return fastloss.FactoredOutput.from_linear(linear, class_group=group, max_scale=1.05)
 
 
-def split_factored(group: Any) -> dict[str, Any]:
+@contextmanager
+def layers_of(form: str) -> Iterator[None]:
+    """Layers keep the factors of their weight, or the weight, however many classes there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spherical_modules, "few", lambda classes, width: form == "weight")
+        yield
+
+
+def split_factored(group: Any, form: str) -> dict[str, Any]:
+    with layers_of(form):
+        return split_layer(group)
+
+
+def split_layer(group: Any) -> dict[str, Any]:
     layer = factored_layer(distributed.get_rank(group), group)
     found: dict[str, Any] = train_factored(copy.deepcopy(layer))
     found["repeated"] = all(torch.equal(found[name], x) for name, x in train_factored(layer).items())
@@ -536,7 +551,7 @@ def worker(rank: int, folder: str) -> None:
                 found[f"peak {size}"] = {schedule: peak_blocks(groups[size], schedule) for schedule in SCHEDULES}
         found["open_clip"] = beside_open_clip(rank)
         found["modules"] = with_modules(rank)
-        found["factored"] = split_factored(groups[4])
+        found |= {form: split_factored(groups[4], form) for form in FORMS}
         found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
             found["refusals"] = refusals(groups[3], distributed.get_rank(groups[3]))
@@ -712,18 +727,20 @@ def test_auto_gathers_what_is_small_unless_there_is_only_one_block() -> None:
         assert type(world.tour(1, Tensor.add_)) is Ring
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_factored_layer_with_split_classes_is_the_layer_of_one_process(
-    ranks: tuple[Path, list[dict[str, Any]]],
+    ranks: tuple[Path, list[dict[str, Any]]], form: str
 ) -> None:
-    layer = factored_layer(None)
-    truth = train_factored(layer)
-    assert layer.moved_directions
-    parts = [found["factored"] for found in ranks[1]]
+    with layers_of(form):
+        layer = factored_layer(None)
+        truth = train_factored(layer)
+        weight = torch.cat((layer.weight(), layer.bias()[:, None]), 1)
+    assert bool(layer.moved_directions) == (form == "factors")
+    parts = [found[form] for found in ranks[1]]
     for part in parts:
         assert part["repeated"]
         for name, expected in truth.items():
             torch.testing.assert_close(part[name], expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-    weight = torch.cat((layer.weight(), layer.bias()[:, None]), 1)
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), weight, rtol=1e-9, atol=1e-11)
     assert [len(part["fresh"]) for part in parts] == [3, 3, 2, 2]
     assert len(torch.cat([part["fresh"] for part in parts]).unique(dim=0)) == 10

@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("functional", "modules", "arguments", "pot", "plans", "sphere"), 0),
     "distributed": 0.5,
     **dict.fromkeys(("ops", "methods", "harmonics"), 1),
-    **dict.fromkeys(("tiles", "factored", "constants", "portable", "native", "triton"), 2),
+    **dict.fromkeys(("tiles", "factored", "dense", "constants", "portable", "native", "triton"), 2),
     **dict.fromkeys(("tables", "program"), 3),
 }
 

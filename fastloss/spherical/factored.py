@@ -28,15 +28,11 @@ PROBES = 8  # vectors that look at U and its inverse
 ROUNDS = 2  # of the power iteration of these
 
 
-@dataclass
-class State:
+class OverRanks:
+    """Of a state: V has the rows of this rank's classes only if they are split; all else is the same on all ranks."""
+
     v: Tensor
-    u: Tensor
-    inverse: Tensor
-    delta: Tensor
-    mean: Tensor
-    gram: Tensor
-    split: World | None = None  # V has the rows of this rank's classes only; all else is the same on all ranks
+    split: World | None
 
     @property
     def classes(self) -> int:
@@ -45,6 +41,24 @@ class State:
     def all(self, x: Tensor) -> Tensor:
         """The sum over all classes of what is x for those of V."""
         return x if self.split is None else all_sum(self.split.group, x)
+
+    def seen(self, target: Tensor) -> Tensor:
+        """The rows of V of these classes, on every rank."""
+        if self.split is None:
+            return self.v.index_select(0, target)
+        mine, local = self.split.own(target)
+        return self.all(self.v.index_select(0, local).masked_fill_(~mine[:, None], 0))
+
+
+@dataclass
+class State(OverRanks):
+    v: Tensor
+    u: Tensor
+    inverse: Tensor
+    delta: Tensor
+    mean: Tensor
+    gram: Tensor
+    split: World | None = None
 
 
 @dataclass
@@ -73,12 +87,12 @@ def from_dense(weight: Tensor, split: World | None = None) -> State:
     return state
 
 
-def to_dense(state: State) -> Tensor:
-    return torch.addmm(state.delta + state.mean, state.v, state.u)
+def to_dense(state: State, columns: slice = slice(None)) -> Tensor:
+    return torch.addmm((state.delta + state.mean)[columns], state.v, state.u[:, columns])
 
 
-def _kernels(state: State) -> Any:
-    return implementation("spherical", state.u.device)
+def _kernels(x: Tensor) -> Any:
+    return implementation("spherical", x.device)
 
 
 def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -86,21 +100,16 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
 
     And what the gradient to hidden needs again: the centred rows of W (B, K, d), and hidden times the Gram (B, d).
     """
-    if state.split is None:
-        seen = state.v.index_select(0, target.flatten())
-    else:
-        mine, local = state.split.own(target.flatten())
-        seen = state.all(state.v.index_select(0, local).masked_fill_(~mine[:, None], 0))
-    rows = torch.addmm(state.delta, seen, state.u).view(*target.shape, len(state.u))
+    rows = torch.addmm(state.delta, state.seen(target.flatten()), state.u).view(*target.shape, len(state.u))
     product = hidden @ state.gram
-    return *_kernels(state).factored_statistics(rows, product, hidden, state.mean), rows, product
+    return *_kernels(hidden).factored_statistics(rows, product, hidden, state.mean), rows, product
 
 
 def gradient(
-    state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
+    mean: Tensor, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rows of the targets summed with g_t, and the gradient to hidden, from the gradients of the statistics."""
-    weighted, result = _kernels(state).factored_gradient(rows, product, state.mean, g_t, g_v, g_mean)
+    weighted, result = _kernels(rows).factored_gradient(rows, product, mean, g_t, g_v, g_mean)
     return weighted, result
 
 
@@ -133,6 +142,7 @@ class Plan:
     inverse: Tensor | None  # in large batches
     limit: float
     tame: bool  # no row of H U^-1 grew beyond the limit
+    growth: float  # see `_growth`
 
 
 def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, scratch: Scratch) -> Plan:
@@ -140,7 +150,7 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
 
     `limit`: of the singular values of U.
     """
-    kernels = _kernels(state)
+    kernels = _kernels(grads.hidden)
     hidden, shrink = grads.hidden, 1 - lr * decay
     n, width = hidden.shape
 
@@ -177,7 +187,21 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
     tame = growth <= limit  # false for NaN
     if not tame and not bool((u_change.sum() + scaled.sum()).isfinite()):
         raise OverflowError
-    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame)
+    carried = _growth(scaled, hidden, shrink)
+    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame, carried)
+
+
+def _growth(scaled: Tensor, hidden: Tensor, shrink: float) -> float:
+    """Log of a bound of |M / shrink|, by which a step makes an error of the Gram grow, twice, beside the Gram.
+
+    An error E becomes M E M, however small the weight is kept by the gradient's sparse part. The bound is the trace of
+    what expands. Of what is taken past zero it is the largest row alone: where many rows together do that, the weight
+    itself grows in step.
+    """
+    if shrink == 0 or not len(hidden):
+        return 0.0
+    share = torch.linalg.vecdot(scaled, hidden).double() / shrink
+    return math.log(max(1.0, 1 + float(share.clamp(min=0).sum()), -1 - float(share.amin())))
 
 
 def commit(plan: Plan) -> int:
@@ -187,7 +211,7 @@ def commit(plan: Plan) -> int:
     """
     state, grads, scaled, solution, shrink = plan.state, plan.grads, plan.scaled, plan.solution, plan.shrink
     hidden, share = grads.hidden, plan.lr / state.classes
-    kernels = _kernels(state)
+    kernels = _kernels(hidden)
     if len(hidden) < len(state.u):
         state.u.addmm_(plan.u_change, scaled, beta=shrink)
         if plan.tame:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fastloss._checks import (
     check_device,
+    check_flag,
     check_floating,
     check_group,
     check_ids,
+    check_int,
     check_number,
     check_reduction,
     check_size,
@@ -28,6 +30,7 @@ from fastloss._distributed import World, agree, announced
 from fastloss._ops import needs_grad
 from fastloss.spherical.distributed import split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
+from fastloss.spherical.tiles import accumulation_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,7 +62,7 @@ def z_loss(
         a: float > 0, the sharpness of the softplus.
         b: float, the margin: the standardised logit that a target should exceed.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
@@ -71,6 +74,8 @@ def z_loss(
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
         A row whose logits are all equal (one class is such a row) has z = 0, loss log(1 + exp(a b)) / a and gradient 0;
         the gradient has no limit there, and grows as 1 / sigma close to it.
+        A row whose sum of squares about the mean overflows (in float32, beyond 3.4e38) has loss NaN. Where sigma is
+        not far above eps, or the squares underflow, z tends to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:
@@ -97,9 +102,7 @@ def z_loss(
         tensor(0.1629)
     """
     name = "z_loss"
-    check_number(name, "a", a, above=0)
-    check_number(name, "b", b)
-    check_number(name, "eps", eps, least=0)
+    check_z(name, a, b, eps, _dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
@@ -124,7 +127,7 @@ def spherical_softmax_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
@@ -157,7 +160,7 @@ def spherical_softmax_loss(
         tensor(0.4055)
     """
     name = "spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0)
+    check_number(name, "eps", eps, above=0, dtype=_dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_spherical(rows, eps), reduction)
 
@@ -181,7 +184,7 @@ def taylor_softmax_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
@@ -234,7 +237,7 @@ def one_hot_mse_loss(
         logits: (B, C), float64, float32, bfloat16 or float16; any strides.
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         gradient_overwrites_logits: True writes the gradient into the memory of `logits`, which saves (B, C) numbers.
@@ -300,7 +303,7 @@ def linear_z_loss(
         a: float > 0, the sharpness of the softplus.
         b: float, the margin: the standardised logit that a target should exceed.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float >= 0, added to the standard deviation.
@@ -311,6 +314,8 @@ def linear_z_loss(
         float64 for float64 inputs, float32 otherwise (16-bit inputs are summed in float32).
         A row whose logits are all equal (one class is such a row) has z = 0, loss log(1 + exp(a b)) / a and gradient 0;
         the gradient has no limit there, and grows as 1 / sigma close to it.
+        A row whose sum of squares about the mean overflows (in float32, beyond 3.4e38) has loss NaN. Where sigma is
+        not far above eps, or the squares underflow, z tends to 0.
         B = 0, or all rows ignored, gives 0 for "sum" and NaN for "mean". NaN in a row makes its loss NaN.
 
     Raises:
@@ -352,9 +357,7 @@ def linear_z_loss(
         tensor(0.1629)
     """
     name = "linear_z_loss"
-    check_number(name, "a", a, above=0)
-    check_number(name, "b", b)
-    check_number(name, "eps", eps, least=0)
+    check_z(name, a, b, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(
         name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
     )
@@ -386,7 +389,7 @@ def linear_spherical_softmax_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         eps: float > 0, added to each square. It bounds the gradient, by 1 / sqrt(eps).
@@ -418,7 +421,7 @@ def linear_spherical_softmax_loss(
         tensor(0.2231)
     """
     name = "linear_spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0)
+    check_number(name, "eps", eps, above=0, dtype=_dtype(hidden, weight, bias))
     rows = _linear_rows(
         name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
     )
@@ -449,7 +452,7 @@ def linear_taylor_softmax_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see
@@ -508,7 +511,7 @@ def linear_one_hot_mse_loss(
         target: (B,) integers, the classes; 0 <= target < C, or `ignore_index`.
         bias: (C,) or None.
         class_weight: (C,) a factor for each class, the ``weight`` of ``F.cross_entropy``.
-        sample_weight: (B,) a factor for each example, differentiable; both multiply.
+        sample_weight: (B,) a factor for each example; both multiply, and both are differentiable.
         ignore_index: rows with this target have loss 0 and gradient 0, and count nowhere.
         reduction: "none" gives (B,); "sum"; "mean", the weighted mean over the rows that are not ignored.
         class_group: None, or a process group or a mesh of one dimension, whose ranks split the classes; see
@@ -543,6 +546,18 @@ def linear_one_hot_mse_loss(
         name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
     )
     return rows.reduce(_one_hot_mse(rows), reduction)
+
+
+def check_z(function: str, a: Any, b: Any, eps: Any, dtype: torch.dtype) -> None:
+    """The numbers of the Z-loss of statistics in `dtype`."""
+    check_number(function, "a", a, above=0, dtype=dtype)
+    check_number(function, "b", b, dtype=dtype)
+    check_number(function, "eps", eps, least=0, dtype=dtype)
+
+
+def _dtype(*inputs: Any) -> torch.dtype:
+    """Of the statistics; what is no tensor is refused later."""
+    return accumulation_dtype(*(x for x in inputs if isinstance(x, Tensor)))
 
 
 @dataclass(frozen=True)
@@ -581,12 +596,21 @@ def _rows(
     check_reduction(name, reduction)
     check_floating(name, "logits", logits, "(B, C)", 2)
     target = _check_labels(name, "logits", logits, logits.shape[1], target, class_weight, sample_weight, ignore_index)
-    if overwrite and logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            f"{name}: `logits` must not be a leaf that requires grad with `gradient_overwrites_logits`, got a leaf"
-        )
+    check_flag(name, "gradient_overwrites_logits", overwrite)
+    if overwrite:
+        _check_overwritten(name, logits)
     moments = row_moments(logits, target, name, overwrite=overwrite)
     return _weighted(logits.shape[1], moments, target, class_weight, sample_weight)
+
+
+def _check_overwritten(name: str, logits: Tensor) -> None:
+    option = "with `gradient_overwrites_logits`"
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{name}: `gradient_overwrites_logits` must be False under torch.func, got True")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(f"{name}: `logits` must not be a leaf that requires grad {option}, got a leaf")
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"{name}: `logits` must have memory of their own {option}, got an expanded tensor")
 
 
 def _linear_rows(
@@ -654,8 +678,7 @@ def _check_labels(
     """The targets as the ops take them: -1 for ignored rows."""
     if classes == 0:
         raise ValueError(f"{function}: C, the number of classes, must be at least 1, got 0")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{function}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
+    check_int(function, "ignore_index", ignore_index)
     target = check_ids(function, "target", target, (x.shape[0],), name, x)
     for label, w, size, shape, why in (
         ("class_weight", class_weight, classes, "(C,)", "one a class"),
@@ -693,8 +716,9 @@ def _weighted(
 
 
 def _z(rows: _Rows, a: float, b: float, eps: float) -> Tensor:
-    flat = rows.square == 0  # false for NaN, which goes its way
-    deviation = (torch.where(flat, 1, rows.square) / rows.classes).sqrt()
+    square = torch.where(rows.square.isinf(), torch.nan, rows.square)  # an overflow is no standardised logit of 0
+    flat = square == 0  # false for NaN, which goes its way
+    deviation = (torch.where(flat, 1, square) / rows.classes).sqrt()
     z = torch.where(flat, 0, rows.centred / (deviation + eps))
     return F.softplus(b - z, beta=a, threshold=40)  # softplus(x) = x beyond 40 to the last bit of float64
 

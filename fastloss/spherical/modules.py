@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from fastloss._checks import check_device, check_floating, check_group, check_ids, check_number, check_size
+from fastloss._checks import (
+    check_device,
+    check_flag,
+    check_floating,
+    check_group,
+    check_ids,
+    check_int,
+    check_number,
+    check_size,
+)
 from fastloss._distributed import World, agree, all_sum
-from fastloss.spherical import factored
-from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z
+from fastloss.spherical import dense, factored
+from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
 COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
-STATE = ("v", "u", "inverse", "delta", "mean", "gram")
 CHECK_EVERY = 64  # steps between two looks at U and its inverse, O(D^2) each
 PROBE_EVERY = 4096  # steps between two looks at the means and the Gram, O(C D) each
-INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what these looks allow
+INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what is allowed
+SEEN = 16  # more than this at a look at the Gram, and it is computed anew
+FEW = 64  # classes whose products cost less than the calls around them
 TILE = 2**22  # logits in a tile of topk
+
+
+def few(classes: int, width: int) -> bool:
+    """Whether a step on the weight itself costs no more products than one on its factors, or hardly any."""
+    return classes <= max(FEW, 2 * width)
 
 
 class _Statistics(torch.autograd.Function):
@@ -31,7 +46,7 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
         ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
     @staticmethod
@@ -47,7 +62,7 @@ class _BuiltIn(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
         ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = factored.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         loss, *derivatives = layer._closed_form(t, v[:, None], mean[:, None])
         d_t, d_v, d_mean = (share * d for d in derivatives)
         ctx.g = d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
@@ -88,29 +103,28 @@ class FactoredOutput(nn.Module):
         class_group: None, or a ``torch.distributed`` process group or a mesh of one dimension, whose ranks split the
             classes as evenly as possible; see Split classes.
 
-    Call:
-        hidden (B, D) of the layer's dtype; target (B,) or (B, K) integers in [0, C), or `ignore_index`; target_weight
-        (B, K), required with K targets; sample_weight (B,) and, for one target, class_weight (C,): factors for each
-        example, as in :func:`fastloss.z_loss`. An example's loss is the sum over k of target_weight[k] times the loss
-        of target[k]; for "mse" it is the squared error to the vector with target_weight[k] added at target[k]. Returns
-        the (weighted) mean over the examples that are not ignored, NaN where there are none.
-
     Raises:
-        TypeError: not tensors, or of another dtype than the layer's (target: an integer dtype).
-        ValueError: shapes or devices that do not fit, a target out of range, a number out of its range, a callable that
-            returns another shape.
-        RuntimeError: a second forward before a step without `accumulate`, a step without a gradient or with one that is
-            not finite, a backward pass after the weight has changed. No error changes the state.
+        TypeError: an argument of another type, `dtype` neither float32 nor float64.
+        ValueError: a number out of its range, or not in that of `dtype`; an unknown `loss`.
+        RuntimeError: a step without a gradient or with one that is not finite, a backward pass after the weight has
+            changed. No error changes the state.
+
+    Few classes:
+        Up to 64, or twice the width (a bias counts as one), the state is the weight itself, and a step O(B C D): the
+        factors would cost more, and lose digits. All else is the same, but that there is nothing to keep up.
 
     Memory:
         (C + 4 D) D numbers, and O((B K + D) D) in a step, kept from one step to the next.
 
     Upkeep:
+        The Gram matrix is carried from step to step, and its error with it. Where the loss pushes a target's logit up
+        from below the mean, U expands, the error as its square, and the weight does not: each step adds to a bound of
+        that growth, in O(B D). When it has passed 256, and every 4096 steps, a read of V (:meth:`drift`) looks at the
+        Gram matrix and the means; where they are off by more than 16 units in the last place, and every
+        `refresh_every` steps, they are computed anew, counted in `refreshes`.
         Every 64 steps a few vectors look at U and its inverse, in O(D^2): singular values beyond `max_scale` are moved
         into V, in O(C D) for each, counted in `moved_directions` and the passes in `stabilisations` (also at once, when
-        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`. Every
-        4096 steps a read of V looks at the Gram matrix and the means (:meth:`drift`); where they are off, and every
-        `refresh_every` steps, they are computed anew, counted in `refreshes`.
+        a row of a step grows that far); an inverse that is off is improved, in O(D^3), counted in `inversions`.
 
     Several processes:
         Each holds the whole layer. ``step(..., group=group)``, or ``FactoredSGD(..., group=group)``, gathers the hidden
@@ -126,6 +140,11 @@ class FactoredOutput(nn.Module):
         and weights are the same on all ranks, targets and `class_weight` of all classes. A forward pass sums the rows
         of the targets over the ranks, (B, K, D) numbers; nothing else is sent in a step. Loss, gradient to hidden and
         step are those of one process. ``group=`` of a step is another group, of data.
+
+    Autocast and compilation:
+        In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
+        breaks its graph at the layer, which looks at the targets and keeps gradients for the step, and may warn there:
+        compile what is below it.
 
     Determinism:
         As the matrix products and solvers of PyTorch on the device; the kernels between them do not depend on the
@@ -182,26 +201,26 @@ class FactoredOutput(nn.Module):
         if not isinstance(loss, str) and not callable(loss):
             raise TypeError(f"{name}: `loss` must be a string or a callable, got {type(loss).__name__}")
         for label, size in (("in_features", in_features), ("num_classes", num_classes)):
-            check_number(name, label, size, least=1)
-        check_number(name, "a", a, above=0)
-        check_number(name, "b", b)
-        check_number(name, "max_scale", max_scale, above=1)
-        check_number(name, "refresh_every", refresh_every, least=0)
-        eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
-        if loss == "spherical":
-            check_number(name, "eps", eps, above=0)
-        check_number(name, "eps", eps, least=0)
+            check_int(name, label, size, least=1)
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
-        self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bool(bias)
+        for label, flag in (("bias", bias), ("accumulate", accumulate)):
+            check_flag(name, label, flag)
+        check_number(name, "max_scale", max_scale, above=1)
+        check_int(name, "refresh_every", refresh_every, least=0)
+        check_int(name, "ignore_index", ignore_index)
+        eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
+        check_z(name, a, b, eps, dtype)
+        if loss == "spherical":
+            check_number(name, "eps", eps, above=0, dtype=dtype)
+        self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bias
         self.loss, self.a, self.b, self.eps = loss, a, b, eps
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"{name}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
         self.ignore_index = ignore_index
         self.accumulate, self.max_scale, self.refresh_every = accumulate, max_scale, refresh_every
         for counter in COUNTERS:
             setattr(self, counter, 0)
         self._revision = self._open = 0
+        self._growth = 0.0  # log of the most by which an error of the Gram has grown, its square root
         self._pending: list[factored.Gradients] = []
         self._scratch = factored.Scratch()
         self._split = _even_split(name, num_classes, check_group(name, class_group))
@@ -213,13 +232,21 @@ class FactoredOutput(nn.Module):
         self._start(weight.div_(math.sqrt(in_features)))
 
     def _start(self, weight: Tensor) -> None:
-        state = factored.from_dense(weight, self._split)
-        for name in STATE:
+        state = self._form.from_dense(weight, self._split)
+        for name in self._numbers():
             self.register_buffer(name, getattr(state, name))
 
-    def _state(self) -> factored.State:
-        v, u, inverse, delta, mean, gram = (self.get_buffer(name) for name in STATE)
-        return factored.State(v, u, inverse, delta, mean, gram, self._split)
+    @property
+    def _form(self) -> Any:
+        """The module with the state and its step."""
+        return dense if few(self.num_classes, self.in_features + self.has_bias) else factored
+
+    def _numbers(self) -> list[str]:
+        """The state's tensors by name."""
+        return [field.name for field in fields(self._form.State) if field.name != "split"]
+
+    def _state(self) -> Any:
+        return self._form.State(**{name: self.get_buffer(name) for name in self._numbers()}, split=self._split)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
@@ -248,31 +275,34 @@ class FactoredOutput(nn.Module):
         linear = nn.Linear(
             self.in_features, len(self.v), self.has_bias, device=self.v.device, dtype=self.v.dtype
         )  # fmt: skip
-        dense = factored.to_dense(self._state())
-        linear.weight.copy_(dense[:, : self.in_features])
+        weight = self._form.to_dense(self._state())
+        linear.weight.copy_(weight[:, : self.in_features])
         if self.has_bias:
-            linear.bias.copy_(dense[:, self.in_features])
+            linear.bias.copy_(weight[:, self.in_features])
         return linear
 
     def weight(self) -> Tensor:
         """The implied weight (C, D); with `class_group`, this rank's rows of it, as :meth:`bias`."""
-        return self.v @ self.u[:, : self.in_features] + (self.delta + self.mean)[: self.in_features]
+        weight: Tensor = self._form.to_dense(self._state(), slice(self.in_features))
+        return weight
 
     def bias(self) -> Tensor | None:
         """The implied bias (C,), None in a layer without."""
-        return self.v @ self.u[:, -1] + (self.delta + self.mean)[-1] if self.has_bias else None
+        return self._form.to_dense(self._state(), slice(-1, None))[:, 0] if self.has_bias else None
 
     def _hidden(self, name: str, hidden: Tensor) -> Tensor:
         """Checked, with a column of ones for the bias."""
         check_floating(name, "hidden", hidden, "(B, D)", 2)
         check_size(name, "hidden", hidden, 1, self.in_features, "`in_features`")
         check_device(name, "hidden", hidden, "the layer", self.v)
-        if hidden.dtype != self.v.dtype or self.v.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name}: `hidden` must have the layer's dtype, float32 or float64, got {hidden.dtype} "
-                f"with a layer in {self.v.dtype}"
-            )
+        self._check_dtype(name)
+        if hidden.dtype != self.v.dtype:
+            raise TypeError(f"{name}: `hidden` must have the layer's dtype, {self.v.dtype}, got {hidden.dtype}")
         return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1) if self.has_bias else hidden
+
+    def _check_dtype(self, name: str) -> None:
+        if self.v.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
 
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._in_range(name, label, check_ids(name, label, ids, shape, "the layer", self.v))
@@ -291,28 +321,31 @@ class FactoredOutput(nn.Module):
         hidden = self._hidden(name, hidden)
         if classes is None:
             if self._split is None:
-                return factored.logits(self._state(), hidden, slice(None))
+                return self._logits(hidden, slice(None))
             classes = torch.arange(self.num_classes, device=self.v.device)
         shape = tuple(classes.shape)[:1] if isinstance(classes, Tensor) else ()
         classes = self._ids(name, "classes", classes, shape)
         if self._split is None:
-            return factored.logits(self._state(), hidden, classes)
+            return self._logits(hidden, classes)
         mine, local = self._split.own(classes)
-        return all_sum(self._split.group, factored.logits(self._state(), hidden, local).masked_fill_(~mine, 0))
+        return all_sum(self._split.group, self._logits(hidden, local).masked_fill_(~mine, 0))
+
+    def _logits(self, hidden: Tensor, classes: Tensor | slice) -> Tensor:
+        """Of classes of this rank."""
+        logits: Tensor = self._form.logits(self._state(), hidden, classes)
+        return logits
 
     @torch.no_grad()
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits (B, k), sorted, and their classes (B, k); at most 2^22 logits are held at a time."""
         name = "FactoredOutput.topk"
         hidden = self._hidden(name, hidden)
-        check_number(name, "k", k, least=1)
-        if k > self.num_classes:
-            raise ValueError(f"{name}: `k` must be at most {self.num_classes}, the number of classes, got {k}")
-        state, rows = self._state(), max(k, TILE // max(1, len(hidden)))
+        check_int(name, "k", k, least=1, most=self.num_classes)
+        rows = max(k, TILE // max(1, len(hidden)))
         best = hidden.new_empty(len(hidden), 0)
         index = torch.empty(best.shape, dtype=torch.int64, device=hidden.device)
         for start in range(0, len(self.v), rows):
-            tile = factored.logits(state, hidden, slice(start, start + rows))
+            tile = self._logits(hidden, slice(start, start + rows))
             value, place = tile.topk(min(k, tile.shape[1]))
             best, index = torch.cat([best, value], 1), torch.cat([index, place + start], 1)
             best, place = best.topk(min(k, best.shape[1]))
@@ -328,6 +361,23 @@ class FactoredOutput(nn.Module):
         class_weight: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
+        """The (weighted) mean of the losses of the examples that are not ignored, NaN where there are none.
+
+        Args:
+            hidden: (B, D) of the layer's dtype, in an autocast region too.
+            target: (B,) or (B, K) integers in [0, C), or `ignore_index`.
+            target_weight: (B, K) of any floating dtype, required with targets (B, K). The loss of an example is the sum
+                over k of target_weight[k] times the loss of target[k]; for "mse" it is the squared error to the vector
+                with target_weight[k] added at target[k].
+            class_weight: (C,), with one target an example, and
+            sample_weight: (B,), factors of an example's loss, as in :func:`fastloss.z_loss`.
+
+        Raises:
+            TypeError: not tensors, not of a floating (target: integer) dtype, `hidden` not of the layer's dtype.
+            ValueError: shapes or devices that do not fit, a target out of range, a callable loss that returns another
+                shape.
+            RuntimeError: a second forward before a step without `accumulate`.
+        """
         name = "FactoredOutput"
         inputs = self._hidden(name, hidden)
         several = isinstance(target, Tensor) and target.dim() == 2
@@ -345,10 +395,14 @@ class FactoredOutput(nn.Module):
                 )
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
+        weighted = target_weight is not None
         row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
         training = torch.is_grad_enabled()
         if training and self._open and not self.accumulate:
-            raise RuntimeError(f"{name}: second forward before a step; pass accumulate=True to add gradients")
+            raise RuntimeError(
+                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
+                "accumulate=True adds their gradients, torch.no_grad() keeps none"
+            )
         if ignored is not None:
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
@@ -362,7 +416,7 @@ class FactoredOutput(nn.Module):
             facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training}
             agree(name, self._split.group, self.v, None, (), "auto", facts)
         with torch.autocast(inputs.device.type, enabled=False):
-            if self._has_closed_form(count) and not any(w.requires_grad for w in weights):
+            if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
                 share = self._share(len(hidden), target_weight, row_weight)
                 loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
                 loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
@@ -410,13 +464,15 @@ class FactoredOutput(nn.Module):
             share = (row_weight / row_weight.sum())[:, None].masked_fill(row_weight[:, None] == 0, 0)
         return share if target_weight is None else share * target_weight
 
-    def _has_closed_form(self, targets: int) -> bool:
-        return isinstance(self.loss, str) and (self.loss != "mse" or targets == 1)
+    def _has_closed_form(self, weighted: bool) -> bool:
+        """With weights of targets, "mse" is one loss of an example, no sum over its targets."""
+        return isinstance(self.loss, str) and (self.loss != "mse" or not weighted)
 
     def _closed_form(self, t: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""
         classes = self.num_classes
         if self.loss == "z":
+            v = v.masked_fill(v.isinf(), torch.nan)
             flat = v == 0
             deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
             scale = (deviation + self.eps).reciprocal_().masked_fill_(flat, 0)
@@ -440,7 +496,7 @@ class FactoredOutput(nn.Module):
         """The gradient to hidden; that of the weight is kept for the step."""
         if self._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        rows, gradient = factored.gradient(self._state(), ctx.entries, ctx.product, g_t, g_v, g_mean)
+        rows, gradient = factored.gradient(self.mean, ctx.entries, ctx.product, g_t, g_v, g_mean)
         g_t, g_v, g_mean = (x.contiguous() for x in (g_t, g_v, g_mean))
         self._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
         return gradient
@@ -471,13 +527,12 @@ class FactoredOutput(nn.Module):
             loss = given.reshape(t.shape)
         return (loss if weight is None else loss * weight).sum(1)
 
-    def _plan(self, lr: float, weight_decay: float, group: Any) -> factored.Plan | None:
+    def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        check_number(name, "lr", lr)
-        check_number(name, "weight_decay", weight_decay)
-        if self.v.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: the layer must be float32 or float64, got {self.v.dtype}")
+        check_number(name, "lr", lr, least=0)
+        check_number(name, "weight_decay", weight_decay, least=0)
+        self._check_dtype(name)
         grads = _joined(self._pending) if self._pending else None
         if group is not None:
             grads = _gathered(grads, self.v, (lr, weight_decay), group)
@@ -487,7 +542,10 @@ class FactoredOutput(nn.Module):
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
             with torch.autocast(self.v.device.type, enabled=False):
-                return factored.plan(self._state(), grads, lr, weight_decay, self.max_scale, self._scratch)
+                plan: dense.Plan | factored.Plan = self._form.plan(
+                    self._state(), grads, lr, weight_decay, self.max_scale, self._scratch
+                )
+                return plan
         except OverflowError:
             parts = (grads.hidden, grads.g_t, grads.g_v, grads.g_mean)
             if all(bool(part.isfinite().all()) for part in parts):
@@ -503,13 +561,15 @@ class FactoredOutput(nn.Module):
         self._commit(plan)
 
     @torch.no_grad()
-    def _commit(self, plan: factored.Plan) -> None:
+    def _commit(self, plan: dense.Plan | factored.Plan) -> None:
         with torch.autocast(self.v.device.type, enabled=False):
-            self._count(factored.commit(plan))
+            self._count(self._form.commit(plan))
             self._revision += 1
             self._pending, self._open = [], 0
             self.steps += 1
-            self._maintain()
+            if self._form is factored:
+                self._growth += plan.growth
+                self._maintain()
 
     def _maintain(self) -> None:
         """The looks and refreshments that are due after a step."""
@@ -521,9 +581,14 @@ class FactoredOutput(nn.Module):
             elif not error <= INVERSE_ERROR * eps:
                 factored.invert(self._state(), error)
                 self.inversions += 1
-        due = bool(self.refresh_every) and self.steps % self.refresh_every == 0
-        if due or (self.steps % PROBE_EVERY == 0 and not self.drift() <= DRIFT * eps):
+        if self.refresh_every and self.steps % self.refresh_every == 0:
             self.refresh()
+        elif self.steps % PROBE_EVERY == 0 or not 2 * self._growth <= math.log(DRIFT):
+            seen = self.drift() / eps
+            if not seen <= SEEN:
+                self.refresh()
+            else:
+                self._growth = math.log(max(1.0, seen)) / 2
 
     def _count(self, moved: int) -> None:
         self.moved_directions += moved
@@ -532,7 +597,7 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def stabilise(self) -> int:
         """Moves the singular values of U beyond `max_scale` or its inverse into V; how many. The weight stays."""
-        moved = factored.stabilise(self._state(), self.max_scale)
+        moved: int = self._form.stabilise(self._state(), self.max_scale)
         self._revision += 1
         self._count(moved)
         return moved
@@ -542,12 +607,14 @@ class FactoredOutput(nn.Module):
     @torch.no_grad()
     def drift(self) -> float:
         """The relative error of the kept Gram matrix and means, from eight random vectors; one read of V, O(C D)."""
-        return factored.drift(self._state())
+        error: float = self._form.drift(self._state())
+        return error
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Computes the Gram matrix, the means and the inverse of U anew, in O(C D^2). The weight stays."""
-        factored.refresh(self._state())
+        self._form.refresh(self._state())
+        self._growth = 0.0
         self._revision += 1
         self.refreshes += 1
 
@@ -557,11 +624,12 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([getattr(self, name) for name in COUNTERS])
+        return torch.tensor([*(getattr(self, name) for name in COUNTERS), self._growth], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        for name, value in zip(COUNTERS, state.tolist(), strict=True):
-            setattr(self, name, value)
+        *counts, self._growth = state.tolist()
+        for name, value in zip(COUNTERS, counts, strict=True):
+            setattr(self, name, int(value))
         self.zero_grad()
         self._revision += 1
 
@@ -710,7 +778,9 @@ class FactoredSGD(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay}
         self._layers: list[FactoredOutput] = []
         groups: list[dict[str, Any]] = []
-        for item in [layers] if isinstance(layers, FactoredOutput) else layers:
+        if not isinstance(layers, (nn.Module, Iterable)):
+            raise TypeError(f"{name}: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
+        for item in [layers] if isinstance(layers, nn.Module) else layers:
             options = dict(item) if isinstance(item, dict) else {"layer": item}
             layer = options.pop("layer", None)
             if not isinstance(layer, FactoredOutput):
@@ -725,7 +795,9 @@ class FactoredSGD(torch.optim.Optimizer):
             # No parameter is trained here; a small tensor of the layer stands for it in the group.
             groups.append({"params": [layer.mean], **options})
         if not groups:
-            raise ValueError(f"{name}: `layers` must hold at least one FactoredOutput, got none")
+            raise ValueError(
+                f"{name}: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), got none"
+            )
         super().__init__(groups, defaults)
 
     @torch.no_grad()

@@ -47,6 +47,9 @@ _IN_PLACE_SCHEMAS = {
 }
 
 
+_LOWEST = torch.iinfo(torch.int64).min
+
+
 def _checked(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Forward ops check the targets; the last argument names the function in the message."""
     if not name.endswith("_fwd"):
@@ -67,13 +70,14 @@ def check_classes(function: str, target: Tensor, classes: int) -> None:
     if low < -1 or high >= classes:
         raise ValueError(
             f"{function}: `target` must hold classes 0 to {classes - 1}, or `ignore_index`, "
-            f"got {low + 1 if low < -1 else high}"
+            f"got {high if low >= -1 else low if low == _LOWEST else low + 1}"
         )
 
 
 def class_ids(target: Tensor, ignore_index: int) -> Tensor:
     """-1 for ignored rows; a negative class moves down by one, out of their way, to be refused by the op."""
-    return torch.where(target == ignore_index, -1, torch.where(target < 0, target - 1, target))
+    moved = target.clamp(min=_LOWEST + 1) - 1
+    return torch.where(target == ignore_index, -1, torch.where(target < 0, moved, target))
 
 
 define("spherical", _SCHEMAS | _IN_PLACE_SCHEMAS, _checked)

@@ -32,7 +32,19 @@ SHARED = [
         {"target": torch.tensor([0, -100, 0, 0]), "ignore_index": -1}, ValueError,
         "`target` must hold classes 0 to 4, or `ignore_index`, got -100",
     ),
+    (
+        {"target": torch.tensor([0, -(2**63), 0, 0])}, ValueError,
+        "`target` must hold classes 0 to 4, or `ignore_index`, got -9223372036854775808",
+    ),
     ({"ignore_index": 1.0}, TypeError, "`ignore_index` must be an int, got float"),
+    (
+        {"ignore_index": 2**63}, ValueError,
+        "`ignore_index` must be at most 9223372036854775807, got 9223372036854775808",
+    ),
+    (
+        {"ignore_index": -(10**5000)}, ValueError,
+        "`ignore_index` must be at least -9223372036854775808, got an integer of 16610 bits",
+    ),
     ({"reduction": "max"}, ValueError, "`reduction` must be 'none', 'sum' or 'mean', got 'max'"),
     (
         {"class_weight": torch.ones(4)}, ValueError,
@@ -56,6 +68,14 @@ OF_LOGITS = [
     (
         {"logits": torch.randn(4, 5, requires_grad=True), "gradient_overwrites_logits": True}, ValueError,
         "`logits` must not be a leaf that requires grad with `gradient_overwrites_logits`, got a leaf",
+    ),
+    (
+        {"logits": torch.randn(4, 1).expand(4, 5), "gradient_overwrites_logits": True}, ValueError,
+        "`logits` must have memory of their own with `gradient_overwrites_logits`, got an expanded tensor",
+    ),
+    (
+        {"gradient_overwrites_logits": 1}, TypeError,
+        "`gradient_overwrites_logits` must be True or False, got int",
     ),
     ({"target": torch.zeros(4, dtype=torch.int64, device="meta")}, ValueError, "`target` must be on cpu as `logits`"),
 ]  # fmt: skip
@@ -95,6 +115,11 @@ def test_on_hidden_states(function: str, change: dict[str, Any], kind: type[Exce
         ({"b": float("inf")}, ValueError, "`b` must be finite, got inf"),
         ({"eps": -1.0}, ValueError, "`eps` must be finite and at least 0, got -1.0"),
         ({"eps": True}, TypeError, "`eps` must be a float, got bool"),
+        ({"a": 10**400}, ValueError, "`a` must be finite and greater than 0, got an integer of 1329 bits"),
+        ({"a": 1e300}, ValueError, "`a` must be in the range of torch.float32, 1.18e-38 to 3.4e+38, got 1e+300"),
+        ({"a": 1e-300}, ValueError, "`a` must be in the range of torch.float32, 1.18e-38 to 3.4e+38, got 1e-300"),
+        ({"b": -1e300}, ValueError, "`b` must be in the range of torch.float32, -3.4e+38 to 3.4e+38, got -1e+300"),
+        ({"eps": 1e300}, ValueError, "`eps` must be in the range of torch.float32, -3.4e+38 to 3.4e+38, got 1e+300"),
     ],
 )
 def test_numbers_of_the_z_loss(change: dict[str, Any], kind: type[Exception], text: str) -> None:
@@ -107,6 +132,29 @@ def test_epsilon_of_the_spherical_softmax() -> None:
     for function, arguments in (("spherical_softmax_loss", LOGITS), ("linear_spherical_softmax_loss", HIDDEN)):
         with pytest.raises(ValueError, match=f"{function}: `eps` must be finite and greater than 0, got 0"):
             getattr(fastloss, function)(**arguments, eps=0)
+        for eps in (1e-300, 1e300):
+            with pytest.raises(ValueError, match=rf"{function}: `eps` must be in the range of torch\.float32"):
+                getattr(fastloss, function)(**arguments, eps=eps)
+
+
+def test_numbers_in_the_range_of_float64() -> None:
+    target = LOGITS["target"]
+    logits, hidden, weight = (torch.randn(4, n, dtype=torch.float64) for n in (5, 3, 3))
+    weight = weight.float()  # the wider dtype counts
+    for eps in (1e-300, 1e300):
+        assert fastloss.spherical_softmax_loss(logits, target, eps=eps).isfinite()
+        assert fastloss.linear_spherical_softmax_loss(hidden, weight, target, eps=eps).isfinite()
+    for a in (1e-300, 1e300):
+        assert fastloss.z_loss(logits, target, a).isfinite()
+        assert fastloss.linear_z_loss(hidden, weight, target, a=a).isfinite()
+
+
+def test_overwriting_is_refused_under_function_transforms() -> None:
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return fastloss.z_loss(logits, LOGITS["target"], gradient_overwrites_logits=True)
+
+    with pytest.raises(RuntimeError, match=r"z_loss: `gradient_overwrites_logits` must be False under torch\.func"):
+        torch.func.grad(loss)(LOGITS["logits"])
 
 
 def test_a_bad_target_is_found_in_compiled_code_too() -> None:

@@ -39,7 +39,7 @@ def test_step_matches_dense_sgd(batch: int) -> None:
         g_t, g_v = torch.autograd.grad(loss, (t, v))
         g_mean = torch.zeros_like(mean)
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
-        rows, actual = factored.gradient(state, rows, product, g_t, g_v, g_mean)
+        rows, actual = factored.gradient(state.mean, rows, product, g_t, g_v, g_mean)
         torch.testing.assert_close(actual, g_hidden, rtol=1e-8, atol=1e-11)
         grads = factored.Gradients(hidden, target[:, None], g_t, g_v, g_mean, rows, product)
         factored.commit(factored.plan(state, grads, lr, decay, 1e6, factored.Scratch()))

@@ -24,6 +24,16 @@ def share_of_squares(a: Tensor, q: Tensor, s: Tensor) -> Tensor:
 LOSSES = ["z", "spherical", "taylor", "mse", share_of_squares]
 
 
+@pytest.fixture(params=["factors", "weight"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs with both states, whatever its number of classes; those of U alone ask for the factors."""
+    monkeypatch.setattr(modules, "few", lambda classes, width: request.param == "weight")
+    return str(request.param)
+
+
+factors_only = pytest.mark.parametrize("form", ["factors"], indirect=True)
+
+
 def pair(
     loss: Any = "z", bias: bool = True, width: int = 5, classes: int = 30, eps: float | None = None, **options: Any
 ) -> tuple[Any, Any]:
@@ -44,7 +54,7 @@ def assert_same_weight(layer: FactoredOutput, dense: Any, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("targets", [1, 3])
+@pytest.mark.parametrize("targets", [0, 1, 3])  # 0: one, of target (B,)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x if isinstance(x, str) else "callable")
 def test_follows_linear_and_sgd(loss: Any, targets: int, bias: bool) -> None:
     # the default eps lets gradients of 1000 / C through, which part any two runs
@@ -57,8 +67,8 @@ def test_follows_linear_and_sgd(loss: Any, targets: int, bias: bool) -> None:
         theirs.zero_grad()
         for _ in range(2):
             x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-            y = torch.randint(3, (4,) if targets == 1 else (4, targets))  # classes repeat
-            w = None if targets == 1 else torch.rand(4, targets, dtype=torch.float64)
+            y = torch.randint(3, (4, targets) if targets else (4,))  # classes repeat
+            w = torch.rand(4, targets, dtype=torch.float64) if targets else None
             value, expected = layer(x, y, w), dense(x, y, w)
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
             (g_expected,) = torch.autograd.grad(expected, x, retain_graph=True)
@@ -73,6 +83,7 @@ def test_follows_linear_and_sgd(loss: Any, targets: int, bias: bool) -> None:
     assert_same_weight(layer, dense, 1e-10)
 
 
+@factors_only
 @pytest.mark.parametrize("decay", [0.9, 0.0])
 def test_long_runs_are_stabilised(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions of U shrink to 1e-50 (by decay) or grow apart (by the loss); the weight follows the dense one."""
@@ -94,6 +105,7 @@ def test_long_runs_are_stabilised(decay: float, monkeypatch: pytest.MonkeyPatch)
     assert_same_weight(layer, dense, 1e-10)
 
 
+@factors_only
 def test_a_step_that_makes_u_singular() -> None:
     layer, dense = pair("mse", bias=False, width=2, classes=4)
     x, y = torch.eye(2, dtype=torch.float64), torch.tensor([0, 2])
@@ -136,6 +148,14 @@ def test_shifted_logits_in_float32() -> None:
     assert exact.grad is not None
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert float((x.grad - exact.grad).norm()) < 1e-5 * float(exact.grad.norm())
+
+
+def test_logits_whose_squares_overflow() -> None:
+    """A sum of squares of infinity is no standardised logit of 0: whoever reads the loss has to see it."""
+    layer, _ = pair("z", accumulate=True)
+    x, y = torch.randn(4, 5, dtype=torch.float64) * 1e170, torch.tensor([0, 1, 2, 3])
+    assert layer(x, y).isnan()
+    assert layer(x, y, sample_weight=torch.ones(4, requires_grad=True)).isnan()
 
 
 def test_zero_variance_is_finite() -> None:
@@ -201,9 +221,9 @@ def test_dtype_moves() -> None:
     torch.testing.assert_close(double.weight().float(), layer.weight())
     double(torch.randn(2, 4, dtype=torch.float64), torch.tensor([1, 2])).backward()
     double.step(0.1)
-    with pytest.raises(TypeError, match="must have the layer's dtype, float32 or float64"):
+    with pytest.raises(TypeError, match=r"must have the layer's dtype, torch\.float64, got torch\.float32"):
         double(torch.randn(2, 4), torch.tensor([1, 2]))
-    with pytest.raises(TypeError, match="float32 or float64"):
+    with pytest.raises(TypeError, match=r"the layer must be float32 or float64, got torch\.bfloat16"):
         layer.to(torch.bfloat16)(torch.randn(2, 4).bfloat16(), torch.tensor([1, 2]))
 
 
@@ -267,16 +287,28 @@ def test_errors_leave_the_state() -> None:
         layer(x, y[:, None])
     with pytest.raises(ValueError, match=r"`target_weight` must have shape \(3, 1\), got \(3, 2\)"):
         layer(x, y[:, None], torch.ones(3, 2))
-    with pytest.raises(ValueError, match="`k` must be at most 9"):
+    with pytest.raises(ValueError, match="`k` must be at most 9, got 10"):
         layer.topk(x, 10)
+    with pytest.raises(TypeError, match="`k` must be an int, got float"):
+        layer.topk(x, 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`classes` must be in \[0, 9\)"):
         layer.logits(x, torch.tensor([9]))
     layer(x, y).backward()
-    with pytest.raises(RuntimeError, match="second forward"):
+    with pytest.raises(RuntimeError, match=r"second forward before a step; step\(\) or zero_grad\(\) comes between"):
         layer(x, y)
-    for rates in ((float("nan"), 0.0), (0.1, float("inf"))):
-        with pytest.raises(ValueError, match="must be finite"):
+    for rates in ((float("nan"), 0.0), (0.1, float("inf")), (-0.1, 0.0), (0.1, -0.1)):
+        with pytest.raises(ValueError, match="must be finite and at least 0"):
             layer.step(*rates)
+    first = FactoredOutput(4, 9)
+    optimizer = FactoredSGD([first, layer], lr=0.1)
+    for option in ("lr", "weight_decay"):
+        optimizer.param_groups[1][option] = -0.1
+        first(x, y).backward()
+        with pytest.raises(ValueError, match=f"`{option}` must be finite and at least 0, got -0.1"):
+            optimizer.step()
+        optimizer.param_groups[1][option] = 0.0
+        first.zero_grad()
+    assert first.steps == 0
     layer.zero_grad()
     layer(x * float("nan"), y).backward()
     with pytest.raises(RuntimeError, match="gradient is not finite"):
@@ -288,8 +320,12 @@ def test_errors_leave_the_state() -> None:
 
 def test_a_step_that_overflows_changes_no_layer() -> None:
     """Gradients are finite; the second layer's step is not, and the first does not go ahead."""
-    layers = [FactoredOutput(4, 9), FactoredOutput(4, 9)]
-    optimizer = FactoredSGD([layers[0], {"layer": layers[1], "lr": 1e30}], lr=0.1)
+    linear = torch.nn.Linear(4, 9)
+    with torch.no_grad():
+        linear.weight *= 1e-4  # the smaller the weight, the larger its gradient
+        linear.bias *= 1e-4
+    layers = [FactoredOutput(4, 9), FactoredOutput.from_linear(linear)]
+    optimizer = FactoredSGD([layers[0], {"layer": layers[1], "lr": 1e36}], lr=0.1)
     before = [copy.deepcopy(layer.state_dict()) for layer in layers]
     for layer in layers:
         layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
@@ -304,6 +340,7 @@ def test_a_step_that_overflows_changes_no_layer() -> None:
     assert layers[0].steps == 1
 
 
+@factors_only
 def test_a_step_that_overflows_in_the_factors_alone() -> None:
     """Of a zero weight, the change of the Gram matrix is zero whatever the rate, and that of U is not."""
     linear = torch.nn.Linear(4, 9, bias=False)
@@ -337,6 +374,37 @@ def test_class_weights_need_one_target() -> None:
         layer(torch.randn(3, 4), target, torch.ones(3, 2), class_weight=torch.ones(9))
 
 
+def test_weights_of_another_dtype() -> None:
+    layer, _ = pair("z")
+    x, y, w = torch.randn(3, 5, dtype=torch.float64), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, y, w), layer(x, y, w.double()), rtol=0, atol=0)
+
+
+def test_weights_of_classes_are_differentiated() -> None:
+    layer, dense = pair("z")
+    x, y, w = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 2, 2]), torch.rand(30, dtype=torch.float64)
+    w.requires_grad_()
+    got, expected = (torch.autograd.grad(model(x, y, class_weight=w), w)[0] for model in (layer, dense))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of what it does not trace
+def test_compiled_calls_are_those_of_the_layer() -> None:
+    """Dynamo breaks its graph where it has to look at the targets; what runs is the same."""
+    layer, _ = pair("z")
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(other, backend="eager")
+    for step in range(10):
+        x, y = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 2, step])
+        losses = layer(x, y), compiled(x, y)
+        assert torch.equal(*losses)
+        for loss, one in zip(losses, (layer, other), strict=True):
+            loss.backward()
+            one.step(0.1)
+    assert torch.equal(layer.weight(), other.weight())
+
+
 def test_a_layer_moved_between_backward_and_step() -> None:
     layer = FactoredOutput(4, 9)
     layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
@@ -366,8 +434,25 @@ def test_bad_arguments() -> None:
         FactoredOutput(4, 9, loss="softmax")
     with pytest.raises(TypeError, match="`loss` must be a string or a callable, got int"):
         FactoredOutput(4, 9, loss=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`num_classes` must be finite and at least 1"):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1, got 0"):
         FactoredOutput(4, 0)
+    with pytest.raises(TypeError, match="`in_features` must be an int, got str"):
+        FactoredOutput("a", 9)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`num_classes` must be an int, got float"):
+        FactoredOutput(4, 2.5)  # type: ignore[arg-type]
+    for option, value, text in (
+        ("refresh_every", 1.5, "an int, got float"),
+        ("ignore_index", 1.5, "an int, got float"),
+        ("accumulate", "x", "True or False, got str"),
+        ("bias", 1, "True or False, got int"),
+    ):
+        with pytest.raises(TypeError, match=f"`{option}` must be {text}"):
+            FactoredOutput(4, 9, **{option: value})  # type: ignore[arg-type]
+    for option, value in (("ignore_index", 2**63), ("a", 1e300), ("b", 1e300), ("eps", 1e300)):
+        with pytest.raises(ValueError, match=f"`{option}` must be"):
+            FactoredOutput(4, 9, **{option: value}, dtype=torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`eps` must be in the range of torch\.float32, 1\.18e-38 to"):
+        FactoredOutput(4, 9, loss="spherical", eps=1e-300)
     with pytest.raises(ValueError, match="`eps` must be finite and greater than 0"):
         FactoredOutput(4, 9, loss="spherical", eps=0.0)
     with pytest.raises(TypeError, match="`dtype` must be float32 or float64"):
@@ -378,8 +463,14 @@ def test_bad_arguments() -> None:
     layer = FactoredOutput(4, 9)
     with pytest.raises(TypeError, match="must hold FactoredOutput, got Linear"):
         FactoredSGD([torch.nn.Linear(2, 2)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="must hold FactoredOutput, got Linear"):
+        FactoredSGD(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`layers` must be a FactoredOutput or several, got int"):
+        FactoredSGD(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one FactoredOutput"):
         FactoredSGD([])
+    with pytest.raises(ValueError, match=r"at least one FactoredOutput \(the layer, which has no parameters\)"):
+        FactoredSGD(layer.parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`lr` must be finite and at least 0"):
         FactoredSGD(layer, lr=-1.0)
     with pytest.raises(ValueError, match="got 'momentum'"):

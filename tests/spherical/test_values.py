@@ -316,3 +316,30 @@ def test_large_gradients_are_written_past_the_caches() -> None:
     with fastloss.use_backend("portable"):
         (want,) = torch.autograd.grad(fastloss.z_loss(logits, target), logits)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()) * 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_whose_squares_overflow(dtype: torch.dtype) -> None:
+    """Infinity is no standard deviation beyond which all losses are those of equal logits: it is seen in the loss."""
+    root = torch.finfo(dtype).max ** 0.5
+    logits = torch.tensor([[0.5, 0.0, 0.0], [4.0, 0.0, 0.0]], dtype=dtype) * root
+    loss = fastloss.z_loss(logits.requires_grad_(), torch.tensor([0, 0]), reduction="none")
+    expected = torch.tensor(2**0.5, dtype=torch.float64).neg().exp().log1p()
+    torch.testing.assert_close(loss[0].double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+    assert loss[1].isnan()
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient[0].isfinite().all()
+    assert gradient[1].isnan().all()
+    hidden, weight = torch.eye(1, dtype=dtype) * 4 * root, torch.tensor([[1.0], [0.0], [0.0]], dtype=dtype)
+    assert fastloss.linear_z_loss(hidden, weight, torch.tensor([0])).isnan()
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_weights_of_classes_are_differentiated(function: str) -> None:
+    logits, target = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 1, -100, 4, 4])
+    weight = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    got, expected = (
+        torch.autograd.grad(getattr(module, function)(logits, target, class_weight=weight), weight)[0]
+        for module in (fastloss, reference)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)

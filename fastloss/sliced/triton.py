@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.standard import _indicator, _log2, xor_sum
 
 from fastloss import _triton
+from fastloss._backends import cuda_core
 from fastloss._triton import Config, Specimen
 from fastloss.sliced import portable, tiles
 
@@ -162,6 +163,7 @@ _TABLE = {
 }
 _TILE = 1024  # of slices that are sorted already
 _FUSED = (1, 2)  # powers; others would spill beside the sort
+_MOST_TOGETHER = 2**31 - 1  # numbers that `fastloss._cuda` sorts in one call
 _MOST_REGISTERS = 255  # that a thread can name
 
 
@@ -198,7 +200,17 @@ def _sort(x: Tensor, with_order: bool) -> tuple[Tensor, Tensor]:
 
 
 def _sort_long(x: Tensor) -> tuple[Tensor, Tensor]:
-    return portable.Epilogue().sort(x)
+    core = cuda_core() if x.is_cuda else None
+    if core is None or x.dtype == torch.float64 or x.numel() > _MOST_TOGETHER:
+        return portable.Epilogue().sort(x)
+    values, order = torch.empty_like(x), torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    with _triton.on(x):
+        scratch = torch.empty(core.sort_scratch_bytes(*x.shape), dtype=torch.uint8, device=x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        core.sort_rows(
+            x.data_ptr(), *x.shape, values.data_ptr(), order.data_ptr(), scratch.data_ptr(), len(scratch), stream
+        )
+    return values, order
 
 
 def _pair(u: Tensor, v: Tensor, p: float, factor: Tensor | None, cost: Tensor, want_u: bool, want_v: bool) -> None:
@@ -266,7 +278,7 @@ sort_slices_bwd = tiles.sort_backward
 
 
 def specimens(target: str, candidates: bool) -> list[Specimen]:
-    """The longest slices. A sort alone is a part of sorting and pairing: it, shorter slices and p = 1 are candidates."""
+    """The longest slices. With `candidates`, shorter ones, p = 1 and sorts alone, which are a part of pairing, too."""
     longest = _TABLE[target].blocks[1]
     found = [_pair_specimen(longest, 2, True, wanted, target) for wanted in (True, False)]
     found += [_pair_specimen(_TILE, 1.5, False, True, target), _sort_specimen(64, True, target)]

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.standard import _indicator, _log2, xor_sum
 
 from fastloss import _triton
 from fastloss._backends import cuda_core
@@ -42,12 +41,23 @@ def _numbers(keys):
     return (keys ^ ((keys >> 31) & _LARGEST_KEY)).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def _bit(dims: tl.constexpr, axis: tl.constexpr):
+    """0 and 1 along one axis of a hypercube."""
+    return tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (dims - 1 - axis))
+
+
 @triton.jit
 def _ascending(x):
     """Sorts the last axis of x (ROWS, BLOCK) by the bitonic network.
 
     `tl.sort` compares half of the pairs the other way round; complementing their numbers instead takes fewer registers,
-    and no spills up to twice the length.
+    and spills none at twice the length.
     """
     dims: tl.constexpr = _log2(x.numel)
     levels: tl.constexpr = _log2(x.shape[1])
@@ -55,12 +65,11 @@ def _ascending(x):
     for level in tl.static_range(1, levels + 1):
         flip = 0
         if level < levels:
-            flip = -_indicator(dims, level).to(h.dtype)
+            flip = -_bit(dims, dims - 1 - level).to(h.dtype)
         h = h ^ flip
-        for step in tl.static_range(level):
-            other = h ^ xor_sum(h, dims - level + step, True)
-            is_right = _indicator(dims, level - 1 - step) != 0
-            h = tl.where((h > other) != is_right, other, h)
+        for axis in tl.static_range(dims - level, dims):
+            other = tl.sum(h, axis, keep_dims=True) - h  # modulo a power of two
+            h = tl.where((h > other) != (_bit(dims, axis) != 0), other, h)
         h = h ^ flip
     return tl.reshape(h, x.shape)
 
@@ -159,7 +168,7 @@ _DEFAULT = Config((2048, 8192), 32, maxnreg=64)
 _TABLE = {
     **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), _DEFAULT),
     "gfx942": Config((2048, 8192), 16),
-    _triton.INTERPRETER: Config((16, 32), 32),
+    _triton.INTERPRETER: Config((64, 16)),
 }
 _TILE = 1024  # of slices that are sorted already
 _FUSED = (1, 2)  # powers; others would spill beside the sort

@@ -59,7 +59,8 @@ def _cuda_core() -> tuple[Any, str]:
     try:
         core = importlib.import_module("fastloss._cuda")
     except ModuleNotFoundError:
-        return None, "not available: the package was installed without nvcc, so fastloss._cuda was not built"
+        reason = "the package was installed without nvcc, or with FASTLOSS_CUDA=0, so fastloss._cuda was not built"
+        return None, f"not available: {reason}"
     except ImportError as error:
         return None, f"not available: fastloss._cuda does not load ({error})"
     if torch.version.hip:

@@ -67,7 +67,9 @@ def test_with_compilers(tmp_path: Path) -> None:
     assert (target / "fastloss" / "benchmarks" / "cli.py").exists()
 
 
-@pytest.mark.parametrize("environment", [{"FASTLOSS_CUDA": "0"}, {"FASTLOSS_CUDA": "auto", **NO_NVCC}], ids=str)
+@pytest.mark.parametrize(
+    "environment", [{"FASTLOSS_CUDA": "0"}, {"FASTLOSS_CUDA": "auto", **NO_NVCC}], ids=["unwanted", "no nvcc"]
+)
 def test_without_compilers_it_installs_and_says_so(environment: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "site"
     run = install(target, **NO_COMPILER, **environment)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 REPORTS ?= reports
 
 .PHONY: setup bench bench-full bench-pytest test stress kernels gpu lint format clean
@@ -36,7 +36,7 @@ kernels: setup
 # Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
 GPU_PYTEST = $(PYTHON) -m pytest -q -W default
 GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
-GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py
+GPU_TESTS := tests/test_gpu.py $(wildcard tests/*/triton_values.py)
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m fastloss info
@@ -64,4 +64,4 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf build *.egg-info fastloss/_C*.so $(VENV)
+	rm -rf build *.egg-info fastloss/_C*.so fastloss/_cuda*.so $(VENV)

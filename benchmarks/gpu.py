@@ -20,7 +20,7 @@ import torch
 
 import fastloss
 
-from . import contrastive, spherical
+from . import contrastive, sliced, spherical
 from .harness import (
     GIB,
     Case,
@@ -37,7 +37,7 @@ from .harness import (
 from .report import duration, size, write_atomically
 
 BUDGET = 400.0  # seconds; cases that would begin later are named as not measured
-SUITES: dict[str, Suite] = {"contrastive": contrastive.SUITE, "spherical": spherical.SUITE}
+SUITES: dict[str, Suite] = {"contrastive": contrastive.SUITE, "spherical": spherical.SUITE, "sliced": sliced.SUITE}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RIVALS = frozenset({"eager", "torch.compile"})
 ALL = None
@@ -78,6 +78,12 @@ def _linear(rows: int, classes: int, dim: int) -> GpuCase:
     return GpuCase(replace(pattern, name=f"z-linear-{rows}x{classes}x{dim}", sizes=sizes), rounds=10)
 
 
+def _sliced(batch: int, rows: int, dim: int, slices: int) -> GpuCase:
+    pattern = next(c for c in sliced.CASES if c.op == sliced.EQUAL_OP)
+    sizes = {"batch": batch, "rows": rows, "dim": dim, "slices": slices}
+    return GpuCase(replace(pattern, name=f"sliced-{batch}x{rows}x{dim}-{slices}", sizes=sizes))
+
+
 CASES: tuple[GpuCase, ...] = (
     _contrastive("clip_loss", 32_768, 1024, torch.bfloat16, rounds=10),
     _contrastive("clip_loss", 8192, 512, torch.bfloat16, ALL),
@@ -89,6 +95,8 @@ CASES: tuple[GpuCase, ...] = (
     _z_loss(4096, 50_257, torch.bfloat16),
     _z_loss(4096, 50_257, torch.float32),
     _linear(2048, 50_257, 512),
+    _sliced(16, 8192, 64, 512),
+    _sliced(1, 50_000, 3, 256),
     _contrastive("clip_loss", 1_048_576, 512, torch.bfloat16, frozenset(), rounds=1),
 )
 

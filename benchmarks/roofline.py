@@ -13,7 +13,11 @@ from .report import duration, size, write_atomically
 
 SHEET = Path(__file__).parent / "roofline.md"
 # What `fastloss.contrastive.triton` does; that they agree is tested.
+IEEE = "IEEE float32"
 PANEL_ROWS, PANEL_COLS, ACCUMULATOR_BYTES = 8192, 16384, 512 << 20
+# Of `fastloss.sliced.triton`: instructions a thread, which sorts 8 of 8192 numbers, as `make kernels` counts for sm_90.
+SORT_INSTRUCTIONS, PAIR_INSTRUCTIONS, NUMBERS_A_THREAD = 5928, 6352, 8
+ISSUES = 128  # instructions of threads a clock and multiprocessor: four schedulers, a warp each
 EXPONENTIALS = 16  # a clock and multiprocessor: the CUDA C++ programming guide, throughput of arithmetic instructions
 
 
@@ -25,22 +29,28 @@ class Card:
     source: str
     bfloat16: float
     tf32: float
+    float32: float
     memory: float
     multiprocessors: int
     clock: float  # boost
 
     def products(self, dtype: str) -> float:
-        return self.bfloat16 if dtype == "bfloat16" else self.tf32 / 3
+        return {"bfloat16": self.bfloat16, "float32": self.tf32 / 3, IEEE: self.float32}[dtype]
+
+    def issues(self) -> float:
+        return ISSUES * self.multiprocessors * self.clock
 
     def exponentials(self) -> float:
         return EXPONENTIALS * self.multiprocessors * self.clock
 
 
 CARDS = (
-    Card("A100 80GB SXM", "NVIDIA A100 data sheet and architecture white paper", 312e12, 156e12, 2.039e12, 108, 1.41e9),
-    Card("H100 SXM", "NVIDIA H100 data sheet and architecture white paper", 989.4e12, 494.7e12, 3.35e12, 132, 1.83e9),
-    Card("H200 SXM", "NVIDIA H200 data sheet; multiprocessors and clock as the H100", 989.4e12, 494.7e12, 4.8e12,
-         132, 1.83e9),
+    Card("A100 80GB SXM", "NVIDIA A100 data sheet and architecture white paper",
+         312e12, 156e12, 19.5e12, 2.039e12, 108, 1.41e9),
+    Card("H100 SXM", "NVIDIA H100 data sheet and architecture white paper",
+         989.4e12, 494.7e12, 66.9e12, 3.35e12, 132, 1.83e9),
+    Card("H200 SXM", "NVIDIA H200 data sheet; multiprocessors and clock as the H100",
+         989.4e12, 494.7e12, 66.9e12, 4.8e12, 132, 1.83e9),
 )  # fmt: skip
 
 
@@ -52,6 +62,7 @@ class Phase:
     flops: float = 0.0
     exponentials: float = 0.0
     bytes: float = 0.0
+    instructions: float = 0.0  # of a sort, all of its threads'
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ class Work:
         for phase in self.phases:
             products, exponentials = phase.flops / card.products(self.dtype), phase.exponentials / card.exponentials()
             arithmetic = max(products, exponentials) if overlap else products + exponentials
-            total += max(arithmetic, phase.bytes / card.memory)
+            total += max(arithmetic, phase.bytes / card.memory, phase.instructions / card.issues())
         return total
 
 
@@ -127,6 +138,24 @@ def moments(rows: int, classes: int, dtype: str) -> Work:
     )  # fmt: skip
 
 
+def sliced(batch: int, atoms: int, width: int, slices: int) -> Work:
+    """Clouds of equal size, gradients in points and directions."""
+    numbers = float(batch) * atoms * slices  # projections of one cloud
+    product = 4 * numbers * width  # of both
+    points = 2 * batch * atoms * width * 4
+    threads = numbers / NUMBERS_A_THREAD
+    return Work(
+        f"sliced Wasserstein, {batch} pairs of {atoms} points, D = {width}, {slices} directions", IEEE,
+        3 * product, 2 * points,
+        (
+            Phase("projections", product, bytes=points + 2 * numbers * 4),
+            Phase("sort of one cloud", bytes=3 * numbers * 4, instructions=SORT_INSTRUCTIONS * threads),
+            Phase("sort of the other, pairs", bytes=5 * numbers * 4, instructions=PAIR_INSTRUCTIONS * threads),
+            Phase("gradients of points and directions", 2 * product, bytes=2 * points + 4 * numbers * 4),
+        ),
+    )  # fmt: skip
+
+
 WORKS = (
     contrastive(32_768, 1024, "bfloat16"),
     contrastive(8192, 512, "bfloat16"),
@@ -136,6 +165,7 @@ WORKS = (
     self_similarity(32_768, 1024, "bfloat16"),
     moments(4096, 50_257, "bfloat16"),
     moments(4096, 50_257, "float32"),
+    sliced(16, 8192, 64, 512),
 )
 
 
@@ -149,12 +179,13 @@ def sheet() -> str:
         "",
         "Computed by `python -m fastloss.benchmarks.roofline` from published peaks; nothing here is measured.",
         "",
-        _line(("card", "bfloat16", "float32 (tf32 / 3)", "memory", "exponentials", "source")),
-        "|---" * 6 + "|",
+        _line(("card", "bfloat16", "float32 (tf32 / 3)", IEEE, "memory", "exponentials", "source")),
+        "|---" * 7 + "|",
         *(
             _line((
                 card.name, f"{card.bfloat16 / 1e12:.0f} TFLOP/s", f"{card.tf32 / 3e12:.0f} TFLOP/s",
-                f"{card.memory / 1e12:.2f} TB/s", f"{card.exponentials() / 1e12:.2f} T/s", card.source,
+                f"{card.float32 / 1e12:.1f} TFLOP/s", f"{card.memory / 1e12:.2f} TB/s",
+                f"{card.exponentials() / 1e12:.2f} T/s", card.source,
             ))
             for card in CARDS
         ),
@@ -165,15 +196,16 @@ def sheet() -> str:
         "and bytes, with the exponentials of a tile beside the products of others (first share) or after its own",
         "(second). Both shares are of the floor. A product below the published peak, as every library's is, lowers the",
         "measured share of the published peak, but not that of the card's own `mm`.",
+        "A sort is bound by its instructions, of which four warps' are issued a clock; no floor counts it.",
         "",
     ]  # fmt: skip
     for work in WORKS:
         lines += [
             f"## {work.title}, {work.dtype}",
             "",
-            _line(("phase", "flops", "exponentials", "bytes")),
-            "|---" * 4 + "|",
-            *(_line((p.name, f"{p.flops:.3g}", f"{p.exponentials:.3g}", size(p.bytes))) for p in work.phases),
+            _line(("phase", "flops", "exponentials", "instructions", "bytes")),
+            "|---" * 5 + "|",
+            *(_line(_phase(p)) for p in work.phases),
             "",
             _line(("card", "floor", "predicted", "share of the floor")),
             "|---" * 4 + "|",
@@ -181,6 +213,11 @@ def sheet() -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _phase(phase: Phase) -> tuple[str, ...]:
+    numbers = (phase.flops, phase.exponentials, phase.instructions)
+    return (phase.name, *(f"{number:.3g}" for number in numbers), size(phase.bytes))
 
 
 def _prediction(work: Work, card: Card) -> tuple[str, ...]:

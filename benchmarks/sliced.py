@@ -24,14 +24,15 @@ FAMILY = "sliced"
 def directions(like: Tensor, slices: int) -> Tensor:
     """(L, d) unit vectors, the same for every provider and, but for rounding, every dtype."""
     generator = torch.Generator().manual_seed(1)
-    theta = torch.randn(slices, like.shape[1], dtype=torch.float64, generator=generator)
+    theta = torch.randn(slices, like.shape[-1], dtype=torch.float64, generator=generator)
     return F.normalize(theta, dim=1).float().to(like.dtype)
 
 
 def _points(sizes: Sizes, others: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(sizes["rows"], sizes["dim"], generator=generator)
-    return x, torch.randn(others, sizes["dim"], generator=generator) + 0.5
+    batch = (sizes["batch"],) if "batch" in sizes else ()
+    x = torch.randn(*batch, sizes["rows"], sizes["dim"], generator=generator)
+    return x, torch.randn(*batch, others, sizes["dim"], generator=generator) + 0.5
 
 
 def equal_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
@@ -57,7 +58,7 @@ def weighted_inputs(sizes: Sizes, dtype: torch.dtype, seed: int) -> Inputs:
 
 
 def _flops(s: Sizes) -> float:
-    return 16.0 * s["rows"] * s["dim"] * s["slices"]
+    return 16.0 * s["rows"] * s["dim"] * s["slices"] * s.get("batch", 1)
 
 
 EQUAL = Formula("16·n·d·L (projections, gradients in the points and directions; sorting is not counted)", _flops)
@@ -66,14 +67,16 @@ WEIGHTED = Formula("14·n·d·L (the same with m = 3n/4)", lambda s: _flops(s) *
 
 
 def _numbers(count: float) -> Formula:
-    return Formula(f"{count:g}·n·L·itemsize", lambda s: count * s["rows"] * s["slices"] * s["itemsize"])
+    return Formula(
+        f"{count:g}·n·L·itemsize", lambda s: count * s["rows"] * s["slices"] * s.get("batch", 1) * s["itemsize"]
+    )
 
 
 # ---------------------------------------------------------------- providers
 
 
 def _equal_eager(x: Tensor, y: Tensor, theta: Tensor) -> Tensor:
-    return ((theta @ x.T).sort(1)[0] - (theta @ y.T).sort(1)[0]).square().mean()
+    return ((theta @ x.mT).sort(-1)[0] - (theta @ y.mT).sort(-1)[0]).square().mean()
 
 
 def _weighted_eager(x: Tensor, y: Tensor, theta: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch  # first: its OpenMP runtime must be the one that fastloss._C binds to
 
-__all__ = ["backend_of", "backends", "implementation", "native_core", "use_backend"]
+__all__ = ["backend_of", "backends", "cuda_core", "implementation", "native_core", "use_backend"]
 
 PORTABLE, NATIVE, TRITON = "portable", "native", "triton"
+CUDA = "cuda"  # not a backend of its own: kernels in CUDA C++ that the Triton backend calls
 TRITON_VERSION = (3, 6)
-TRITON_FAMILIES = ("contrastive", "spherical")  # the others run portable kernels beside it
+TRITON_FAMILIES = ("contrastive", "spherical", "sliced")  # the others run portable kernels beside it
 CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
 HIP_CARDS = ("gfx90a", "gfx942", "gfx950")
 
@@ -51,6 +52,34 @@ def native_core() -> Any:
     if _core is None:
         raise RuntimeError(f"the native backend is {_native_status}")
     return _core
+
+
+@functools.cache
+def _cuda_core() -> tuple[Any, str]:
+    try:
+        core = importlib.import_module("fastloss._cuda")
+    except ModuleNotFoundError:
+        reason = "the package was installed without nvcc, or with FASTLOSS_CUDA=0, so fastloss._cuda was not built"
+        return None, f"not available: {reason}"
+    except ImportError as error:
+        return None, f"not available: fastloss._cuda does not load ({error})"
+    if torch.version.hip:
+        return None, "not available: this PyTorch is one for ROCm"
+    if not torch.cuda.is_available():
+        return None, "not available: PyTorch sees no CUDA device"
+    built, driver = core.runtime_version(), core.driver_version()
+    if driver // 1000 < built // 1000:
+        return None, f"not available: fastloss._cuda needs a driver of CUDA {_version(built)}, got {_version(driver)}"
+    return core, f"available (CUDA {_version(built)}, {core.architectures}; sorts slices too long for Triton)"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def cuda_core() -> Any:
+    """The extension module ``fastloss._cuda``, or None where it was not built or cannot run."""
+    return _cuda_core()[0]
 
 
 @functools.cache
@@ -88,13 +117,19 @@ def backends() -> dict[str, str]:
     """What is loaded, and why the rest is not.
 
     Returns:
-        One entry a backend: ``"available (...)"`` or ``"not available: reason"``.
+        One entry a backend, and ``"cuda"`` for the kernels in CUDA C++ that backend ``"triton"`` calls where they
+        were built: ``"available (...)"`` or ``"not available: reason"``.
 
     Example:
         >>> sorted(fastloss.backends())
-        ['native', 'portable', 'triton']
+        ['cuda', 'native', 'portable', 'triton']
     """
-    return {NATIVE: _native_status, TRITON: _triton_status(), PORTABLE: "available (tiled PyTorch, any device)"}
+    return {
+        NATIVE: _native_status,
+        TRITON: _triton_status(),
+        CUDA: _cuda_core()[1],
+        PORTABLE: "available (tiled PyTorch, any device)",
+    }
 
 
 @contextlib.contextmanager
@@ -104,14 +139,14 @@ def use_backend(name: str) -> Iterator[None]:
     The setting is process-wide, so that the backward pass, which autograd may run on another thread, obeys it too.
 
     Args:
-        name: a key of :func:`backends`.
+        name: ``"native"``, ``"triton"`` or ``"portable"``.
 
     Raises:
         ValueError: `name` is not a backend.
         RuntimeError: the backend is not available here; or, when an op runs, does not serve the tensors' device.
     """
     global _forced
-    known = backends()
+    known = {key: status for key, status in backends().items() if key != CUDA}
     if name not in known:
         raise ValueError(f"use_backend: `name` must be one of {sorted(known)}, got {name!r}")
     if not known[name].startswith("available"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,15 @@ LOSSES: dict[str, Loss] = {
     "info_nce": lambda a, b: fastloss.info_nce(a, b, temperature=0.07),
     "nt_xent": lambda a, b: fastloss.nt_xent(a, b, temperature=0.5),
     "z_loss": lambda a, b: fastloss.z_loss(a @ b.T, torch.arange(len(a), device="cuda")),
+    "sliced_wasserstein": lambda a, b: fastloss.sliced_wasserstein(a, b, projections=directions(a)),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def directions(like: Tensor) -> Tensor:
+    return torch.randn(16, like.shape[1], device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(
+        like.dtype
+    )
 
 
 def pair(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -81,7 +89,7 @@ def test_compiled_code_gives_the_same(loss: Loss, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["clip_loss", "info_nce", "nt_xent"])
+@pytest.mark.parametrize("name", ["clip_loss", "info_nce", "nt_xent", "sliced_wasserstein"])
 def test_nothing_waits_for_the_device(name: str) -> None:
     inputs = pair(2000, 128)
     gradients(LOSSES[name], inputs)
@@ -116,6 +124,20 @@ def test_memory_beside_inputs_and_gradients(name: str) -> None:
     sums = 4 * width * (2 * rows + 8192)  # of NT-Xent, both views
     views = 2 * 2 * rows * width * 2  # and their concatenation and its gradient
     assert peak(lambda: gradients(LOSSES[name], inputs)) <= 256 * MIB + sums + views + 64 * MIB
+
+
+@pytest.mark.parametrize("rows", [8192, 60_000])
+def test_memory_of_many_directions(rows: int) -> None:
+    """Blocks of projections, the sorted ones and, of long slices, the sort's scratch; not a number a direction."""
+    inputs, theta = pair(rows, 3), torch.randn(16_384, 3, device="cuda")
+    loss = functools.partial(fastloss.sliced_wasserstein, projections=theta.bfloat16())
+    assert peak(lambda: torch.autograd.grad(loss(*inputs), inputs)) <= 6 * 64 * MIB < 2 * rows * len(theta) * 4
+
+
+def test_cards_of_nvidia_sort_long_slices_by_cub() -> None:
+    if torch.version.hip:
+        pytest.skip("CUDA C++ is for NVIDIA's cards")
+    assert fastloss.backends()["cuda"].startswith("available")
 
 
 def test_a_million_rows_fit_beside_a_gibibyte() -> None:

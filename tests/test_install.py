@@ -1,11 +1,14 @@
-"""The package as a user gets it: built with pip, with and without a compiler."""
+"""The package as a user gets it: built with pip, with and without compilers."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 # An editable install of this checkout would lend its own _C to the copy under test.
@@ -18,7 +21,14 @@ fastloss.info_nce(q, torch.eye(4)).backward()
 assert q.grad.isfinite().all()
 print(fastloss.__file__)
 print(fastloss.backends()["native"])
+print(fastloss.backends()["cuda"])
 """
+NO_COMPILER = {"CXX": "/nonexistent/c++", "FASTLOSS_REQUIRE_NATIVE": "0"}
+NO_NVCC = {
+    "CUDA_HOME": "/nonexistent",
+    "PATH": os.pathsep.join(d for d in os.environ["PATH"].split(os.pathsep) if not (Path(d) / "nvcc").exists()),
+}
+NOT_BUILT = "not available: the package was installed without nvcc, or with FASTLOSS_CUDA=0"
 
 
 def install(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,32 +44,49 @@ def install(target: Path, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def probe(target: Path, tmp_path: Path) -> str:
+def probe(target: Path, tmp_path: Path) -> tuple[str, str]:
+    """The status of the native core, and of the kernels in CUDA C++."""
     environment = {**os.environ, "PYTHONPATH": str(target)}
     environment.pop("FASTLOSS_CPU_ISA", None)
     run = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    location, status = run.stdout.splitlines()
+    location, native, cuda = run.stdout.splitlines()
     assert Path(location).is_relative_to(target)
-    return status
+    return native, cuda
 
 
-def test_with_a_compiler(tmp_path: Path) -> None:
+def test_with_compilers(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") is not None
     target = tmp_path / "site"
-    run = install(target, FASTLOSS_REQUIRE_NATIVE="1")
+    run = install(target, FASTLOSS_REQUIRE_NATIVE="1", FASTLOSS_CUDA="1" if nvcc else "auto")
     assert run.returncode == 0, run.stderr
-    assert probe(target, tmp_path).startswith("available (CPU kernels")
+    native, cuda = probe(target, tmp_path)
+    assert native.startswith("available (CPU kernels")
+    assert cuda.startswith(NOT_BUILT) != nvcc
     assert (target / "fastloss" / "benchmarks" / "cli.py").exists()
 
 
-def test_without_a_compiler_it_installs_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "environment", [{"FASTLOSS_CUDA": "0"}, {"FASTLOSS_CUDA": "auto", **NO_NVCC}], ids=["unwanted", "no nvcc"]
+)
+def test_without_compilers_it_installs_and_says_so(environment: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "site"
-    run = install(target, CXX="/nonexistent/c++", FASTLOSS_REQUIRE_NATIVE="0")
+    run = install(target, **NO_COMPILER, **environment)
     assert run.returncode == 0, run.stderr
-    assert probe(target, tmp_path).startswith("not available: the package was installed without a C++ compiler")
+    native, cuda = probe(target, tmp_path)
+    assert native.startswith("not available: the package was installed without a C++ compiler")
+    assert cuda.startswith(NOT_BUILT)
 
 
-def test_without_a_compiler_it_refuses_if_the_core_is_required(tmp_path: Path) -> None:
-    run = install(tmp_path / "site", CXX="/nonexistent/c++", FASTLOSS_REQUIRE_NATIVE="1")
-    assert run.returncode != 0
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {**NO_COMPILER, "FASTLOSS_REQUIRE_NATIVE": "1"},
+        {**NO_COMPILER, **NO_NVCC, "FASTLOSS_CUDA": "1"},
+        {**NO_COMPILER, "FASTLOSS_CUDA": "yes"},
+    ],
+    ids=["core", "cuda", "nonsense"],
+)
+def test_it_refuses_without_what_is_required(environment: dict[str, str], tmp_path: Path) -> None:
+    assert install(tmp_path / "site", **environment).returncode != 0

@@ -56,7 +56,7 @@ def test_reference_stands_apart(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".cpp", ".h")), ids=lambda p: p.name
+    "path", sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in (".cpp", ".cu", ".h")), ids=lambda p: p.name
 )
 def test_kernels_do_not_know_torch(path: Path) -> None:
     includes = re.findall(r"#include\s+[<\"]([^>\"]+)", path.read_text())

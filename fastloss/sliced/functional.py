@@ -89,11 +89,12 @@ def sliced_wasserstein(
         O((n + m) d), the gradients, and 12 MiB of projections (four slices if they are larger) with 24 (n + m) bytes of
         buffers a thread, whatever L. Gradients of up to 32 MiB are found in the forward pass and held twice; larger
         ones are found by sorting again in the backward pass. Gradients in `projections` add L d, in weights double the
-        projections.
+        projections. On a GPU a block is 64 MiB, of which a few are held, about twenty for unequal sizes or weights.
 
     Determinism:
         The result does not depend on the number of threads as far as the BLAS library's products do not. Equal
-        projections are paired in the order of the points.
+        projections are paired in the order of the points. On a GPU gradients for unequal sizes or weights are added up
+        by atomics, in float64, unless ``torch.use_deterministic_algorithms`` is on.
 
     Source:
         Bonneel, Rabin, Peyré and Pfister, *Sliced and Radon Wasserstein barycenters of measures*, 2015.

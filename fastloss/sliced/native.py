@@ -21,6 +21,8 @@ def _address(x: Tensor | None) -> int:
 
 
 class _Epilogue:
+    block_bytes = tiles.BLOCK_BYTES
+
     def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:
         """Buffers of the threads that share the slices of u (S, n) and v (S, m), and how many they are."""
         threads = max(1, min(torch.get_num_threads(), len(u)))

@@ -41,7 +41,9 @@ def _centred(f: Tensor, order: Tensor, weights: Tensor | None, factor: Tensor, d
     return ((f - mean) * factor.unsqueeze(1)).to(dtype)
 
 
-class _Epilogue:
+class Epilogue:
+    block_bytes = tiles.BLOCK_BYTES
+
     def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:
         return u.new_empty(0), 0
 
@@ -60,8 +62,7 @@ class _Epilogue:
         want_a: bool,
         want_b: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        us, u_order = u.sort(dim=1, stable=True)
-        vs, v_order = v.sort(dim=1, stable=True)
+        (us, u_order), (vs, v_order) = self.ordered(u), self.ordered(v)
         broken = us[:, -1:].isnan() | vs[:, -1:].isnan()  # NaN sorts last
         f = g = None
         if a is None and b is None and u.shape[1] == v.shape[1]:
@@ -99,6 +100,10 @@ class _Epilogue:
                     out.masked_fill_(broken, torch.nan)
         return f, g
 
+    def ordered(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in order and where they came from, as int64; a row with NaN has one at its end."""
+        return u.sort(dim=1, stable=True)
+
     def sort(self, u: Tensor) -> tuple[Tensor, Tensor]:
         values, order = u.sort(dim=1, stable=True)
         broken = values[:, -1:].isnan()
@@ -106,7 +111,7 @@ class _Epilogue:
         return values.masked_fill_(broken, torch.nan), torch.where(broken, identity, order).int()
 
 
-_epilogue = _Epilogue()
+_epilogue = Epilogue()
 sliced_mean_fwd = partial(tiles.mean_forward, _epilogue)
 sliced_mean_bwd = tiles.mean_backward
 sliced_costs_fwd = partial(tiles.costs_forward, _epilogue)

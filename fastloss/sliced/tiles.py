@@ -1,8 +1,8 @@
 """The loop over blocks of slices that every backend shares: project, hand the rows to the backend, project back.
 
 A slice is one row of theta (L, d); its atoms are the row theta_l X^T of the projections. A block of slices is bounded
-by BLOCK_BYTES whatever L is, and its size depends on the sizes of the problem alone, so that sums run in the same
-order for any number of threads.
+by the backend's `block_bytes` whatever L is, and its size depends on the sizes of the problem alone, so that sums run
+in the same order for any number of threads.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 12 << 20  # of projections at a time: stays in a shared cache, and gives every core several slices
+BLOCK_BYTES = 12 << 20  # of projections at a time on a CPU: stays in a shared cache, and every core has several slices
 LEAST_SLICES = 4
 
 
 class Epilogue(Protocol):
+    block_bytes: int
+
     def scratch(self, u: Tensor, v: Tensor) -> tuple[Tensor, int]:  # for rows like these; what is in it is its own
         ...
 
@@ -41,8 +43,8 @@ class Epilogue(Protocol):
         ...
 
 
-def slices_at_a_time(slices: int, atoms: int, itemsize: int) -> int:
-    return max(1, min(slices, max(LEAST_SLICES, BLOCK_BYTES // max(1, atoms * itemsize))))
+def slices_at_a_time(slices: int, atoms: int, itemsize: int, block_bytes: int = BLOCK_BYTES) -> int:
+    return max(1, min(slices, max(LEAST_SLICES, block_bytes // max(1, atoms * itemsize))))
 
 
 def cumulative(weights: Tensor | None, order: Tensor) -> Tensor:
@@ -56,12 +58,12 @@ def cumulative(weights: Tensor | None, order: Tensor) -> Tensor:
     return torch.where((left == 0) | ((left == 1) & (weights > 0)), 1.0, ends)
 
 
-def _unit_sum(weights: Tensor | None) -> tuple[Tensor | None, float]:
+def _unit_sum(weights: Tensor | None) -> tuple[Tensor | None, Tensor | float]:
     if weights is None:
         return None, 1.0
     weights = weights.double()
     total = weights.sum()
-    return (weights / total).contiguous(), float(total)
+    return (weights / total).contiguous(), total
 
 
 def sweep(
@@ -87,7 +89,7 @@ def sweep(
     grad_theta = theta.new_empty(theta.shape if need_theta else (0,))
     grad_a = torch.zeros(n if need_a else 0, dtype=torch.float64, device=x.device)
     grad_b = torch.zeros(m if need_b else 0, dtype=torch.float64, device=x.device)
-    step = slices_at_a_time(slices, (n + m) * (2 if need_a or need_b else 1), x.element_size())
+    step = slices_at_a_time(slices, (n + m) * (2 if need_a or need_b else 1), x.element_size(), epilogue.block_bytes)
     u_rows, v_rows = x.new_empty((min(step, slices), n)), x.new_empty((min(step, slices), m))
     scratch = epilogue.scratch(u_rows, v_rows)
     for start in range(0, slices, step):
@@ -270,7 +272,7 @@ def sort_forward(epilogue: Epilogue, x: Tensor, theta: Tensor) -> tuple[Tensor, 
     slices, n = len(theta), len(x)
     values = points.new_empty((slices, n))
     order = torch.empty((slices, n), dtype=torch.int32, device=x.device)
-    step = slices_at_a_time(slices, n, points.element_size())
+    step = slices_at_a_time(slices, n, points.element_size(), epilogue.block_bytes)
     for start in range(0, slices, step):
         values[start : start + step], order[start : start + step] = epilogue.sort(
             torch.mm(directions[start : start + step], points.t())

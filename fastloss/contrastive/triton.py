@@ -29,7 +29,7 @@ from torch import Tensor
 from fastloss import _triton
 from fastloss._triton import Config, Specimen
 from fastloss.contrastive import portable
-from fastloss.contrastive.tiles import LOG2_E, NORM_EPS, blocks, inverse_norms, per_row
+from fastloss.contrastive.tiles import LOG2_E, NORM_EPS, blocks, inverse_norms, margin, per_row
 
 PANEL_ROWS = 8192  # a panel holds this times PANEL_COLS entries of 16 bits: 256 MiB
 PANEL_COLS = 16384  # not less than the rows: the mirrored square of a self-similarity lies in a row's first panel
@@ -941,6 +941,7 @@ def _gradients(
     """Fills both gradients; returns those of the scales per row and per column, (0,) for what is not wanted."""
     magnifier = _magnifier(left.x.dtype, *(scale * upstream for scale, _, upstream in directions))
     row, col = ([_Direction.start(*d, need_scale) for d in directions] + [None])[:2]
+    diagonal = diagonal.contiguous()  # a sum's gradient is one number, expanded
     need_left, need_right = left_out.dim() == 2, right_out.dim() == 2
     fits = right.x.numel() * 4 <= ACCUMULATOR_BYTES
     if need_left or need_scale or fits:
@@ -1015,9 +1016,9 @@ def pair_nll_fwd(
     states = [s for s in _lse(left, right, scale, scale if symmetric else None, pairs) if s is not None]
     diagonal = _diagonal(left, right)
     positive = scale * diagonal
-    margins = [state.lse.sub_(positive) for state in states]
-    total = torch.stack([torch.nn.functional.softplus(margin, threshold=40).sum() for margin in margins]).mean()
-    upstreams = [margin.sigmoid().mul_(1 / len(margins)) for margin in margins]
+    margins = [margin(state.lse, positive) for state in states]
+    total = torch.stack([torch.nn.functional.softplus(x, threshold=40).sum() for x in margins]).mean()
+    upstreams = [x.sigmoid_().mul_(1 / len(margins)) for x in margins]
     slope = torch.stack(upstreams).sum(0)
     grad_q, grad_k = _empty_gradient(q, need_q, torch.float32), _empty_gradient(k, need_k, torch.float32)
     directions = [(scale, state.stats, upstream) for state, upstream in zip(states, upstreams, strict=True)]

@@ -180,12 +180,13 @@ def best(
 
 def _time(launch: Callable[[Config], None], config: Config, device: torch.device) -> float:
     """Median of a few runs, in milliseconds; infinity for a configuration that the card cannot run."""
+    errors = triton.runtime.errors
     try:
         launch(config)
         if device.type == "cpu":
             return 0.0
         return float(triton.testing.do_bench(lambda: launch(config), warmup=5, rep=25, return_mode="median"))
-    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+    except (errors.OutOfResources, errors.PTXASError, triton.compiler.errors.CompilationError):
         return float("inf")
 
 

@@ -32,7 +32,7 @@ bench-pytest: setup
 kernels: setup
 	$(BIN)/python -m fastloss.kernels --all --output $(REPORTS)
 
-# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. Under ten minutes.
+# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. The benchmark begins nothing after 400 s.
 # Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
 GPU_PYTEST = $(PYTHON) -m pytest -q -W default
 GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)

@@ -359,7 +359,9 @@ def check_rows(case: Case) -> int:
     return min(case.sizes["rows"], CHECK_ROWS, CHECK_LOGITS // case.sizes.get("classes", 1))
 
 
-def check(suite: Suite, provider: Provider, case: Case, seed: int) -> Check:
+def check(
+    suite: Suite, provider: Provider, case: Case, seed: int, tolerance: tuple[float, float] | None = None
+) -> Check:
     """Compare loss and gradients with dense float64 on a reduced copy of the case; ArithmeticError when wrong."""
     small = case.at(rows=check_rows(case))
     inputs = small.inputs(seed)
@@ -372,7 +374,7 @@ def check(suite: Suite, provider: Provider, case: Case, seed: int) -> Check:
         relative_error(value_of(loss).detach(), expected.detach()),
         max((suite.gradient_error(a, g) for a, g in zip(actual, gradients, strict=True)), default=0.0),
     )
-    loss_tolerance, gradient_tolerance = TOLERANCE[case.dtype]
+    loss_tolerance, gradient_tolerance = tolerance or TOLERANCE[case.dtype]
     # Written so that NaN fails.
     if not (result.loss_error <= loss_tolerance and result.gradient_error <= gradient_tolerance):
         raise ArithmeticError(

@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+import fastloss
+
 __all__ = ["Config", "Resources", "Specimen", "architecture", "best", "float32_precision", "on", "resources", "tuning"]
 
 
@@ -126,7 +128,8 @@ class tuning:
     """Inside the block, the first launch of a kernel at a new kind of size times its candidates and keeps the best.
 
     FASTLOSS_TUNE=1 is the same for a whole process. Nothing is tuned otherwise. What was found is written to
-    FASTLOSS_CACHE (default: ~/.cache/fastloss), one file a card and version of Triton, and used by later processes.
+    FASTLOSS_CACHE (default: ~/.cache/fastloss), one file a card and versions of Triton and fastloss, and used by later
+    processes.
     """
 
     def __enter__(self) -> None:
@@ -141,7 +144,8 @@ class tuning:
 def _cache_file(device: torch.device) -> Path:
     folder = Path(os.environ.get("FASTLOSS_CACHE", Path.home() / ".cache" / "fastloss"))
     card = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return folder / f"{re.sub('[^A-Za-z0-9]+', '-', card)}-triton-{triton.__version__}.json"
+    versions = f"triton-{triton.__version__}-fastloss-{fastloss.__version__}"
+    return folder / f"{re.sub('[^A-Za-z0-9]+', '-', card)}-{versions}.json"
 
 
 def _load(device: torch.device) -> None:
@@ -180,12 +184,13 @@ def best(
 
 def _time(launch: Callable[[Config], None], config: Config, device: torch.device) -> float:
     """Median of a few runs, in milliseconds; infinity for a configuration that the card cannot run."""
+    errors = triton.runtime.errors
     try:
         launch(config)
         if device.type == "cpu":
             return 0.0
         return float(triton.testing.do_bench(lambda: launch(config), warmup=5, rep=25, return_mode="median"))
-    except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+    except (errors.OutOfResources, errors.PTXASError, triton.compiler.errors.CompilationError):
         return float("inf")
 
 
@@ -258,18 +263,11 @@ _MATRIX_FLOAT32 = {"sm_90": r"\bHG?MMA\.[\w.]+", "sm_100": r"\b(?:UTC\w*MMA|HMMA
 
 def resources(specimen: Specimen, target_name: str) -> Resources:
     """Compiles for a chip that need not be there, and reads what the code needs and uses."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     target = TARGETS[target_name]
-    names = specimen.kernel.arg_names
-    unknown = set(specimen.types) | set(specimen.constants)
-    assert unknown == set(names), f"{specimen.name}: arguments {sorted(unknown ^ set(names))}"
-    signature = {name: specimen.types.get(name, "constexpr") for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned}
-    source = ASTSource(specimen.kernel, signature, dict(specimen.constants), aligned)
+    aligned = {(specimen.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned}
+    source = _source(specimen, specimen.constants, aligned)
     options = specimen.config.options(target.backend == "hip")
-    compiled = triton.compile(source, GPUTarget(target.backend, target.arch, target.warp), options)
+    compiled = triton.compile(source, _gpu(target), options)
     read = _read_cuda if target.backend == "cuda" else _read_hip
     registers, spills, assembly, loops = read(compiled)
     patterns = _MATRIX_FLOAT32 if specimen.constants.get("PRECISION") == "tf32x3" else {}
@@ -286,6 +284,42 @@ def resources(specimen: Specimen, target_name: str) -> Resources:
         specimen.name, target_name, specimen.config, registers, spills, shared, target.shared,
         found[0] if found else "", loops, tuple(faults),
     )  # fmt: skip
+
+
+def _gpu(target: Target) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(target.backend, target.arch, target.warp)
+
+
+def _source(specimen: Specimen, constants: Mapping[str, Any], aligned: Mapping[tuple[int], Any]) -> Any:
+    from triton.compiler import ASTSource
+
+    names = specimen.kernel.arg_names
+    unknown = set(specimen.types) | set(specimen.constants)
+    assert unknown == set(names), f"{specimen.name}: arguments {sorted(unknown ^ set(names))}"
+    signature = {name: "constexpr" if name in constants else specimen.types[name] for name in names}
+    return ASTSource(specimen.kernel, signature, dict(constants), dict(aligned))
+
+
+def read_with_sizes_of_one(specimen: Specimen, target_name: str) -> None:
+    """Reads the kernel as a launch with such sizes does: Triton makes constants of integers that are one."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    ones = {
+        parameter.name: 1
+        for parameter in specimen.kernel.params
+        if specimen.types.get(parameter.name) in ("i32", "i64") and not parameter.do_not_specialize
+    }
+    target = TARGETS[target_name]
+    backend, context = make_backend(_gpu(target)), ir.context()
+    options = backend.parse_options(specimen.config.options(target.backend == "hip"))
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    _source(specimen, {**specimen.constants, **ones}, {}).make_ir(
+        _gpu(target), options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
 
 
 def _read_cuda(compiled: Any) -> tuple[int, int, str, int]:

@@ -9,25 +9,41 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from fastloss._backends import TRITON_FAMILIES
-from fastloss._triton import TARGETS, Resources, resources, tuning
+from fastloss._triton import TARGETS, Resources, Specimen, resources, tuning
 
 __all__ = ["compile_all", "main", "table", "tuning"]
 
 CHECKED = ("sm_80", "sm_90", "sm_100", "gfx942")  # by the tests; --all adds the other chips and the candidates
 
 
-def compile_all(targets: Sequence[str], *, candidates: bool = False) -> Iterator[Resources]:
-    for family in TRITON_FAMILIES:
-        module = importlib.import_module(f"fastloss.{family}.triton")
-        for target in targets:
-            for specimen in module.specimens(target, candidates):
-                yield resources(specimen, target)
+def compile_all(targets: Sequence[str], *, candidates: bool = False, processes: int = 2) -> Iterator[Resources]:
+    """In the order of the targets."""
+    jobs = [
+        (family, target, candidates, index)
+        for target in targets
+        for family in TRITON_FAMILIES
+        for index in range(len(_specimens(family, target, candidates)))
+    ]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_compile, jobs)
+
+
+def _specimens(family: str, target: str, candidates: bool) -> list[Specimen]:
+    found: list[Specimen] = importlib.import_module(f"fastloss.{family}.triton").specimens(target, candidates)
+    return found
+
+
+def _compile(job: tuple[str, str, bool, int]) -> Resources:
+    family, target, candidates, index = job
+    return resources(_specimens(family, target, candidates)[index], target)
 
 
 def table(results: Sequence[Resources]) -> str:

@@ -421,7 +421,27 @@ def test_a_rival_that_fails_or_does_not_fit_is_named(monkeypatch):
         Provider("huge", "", PROVIDERS["eager"].losses, {"clip_loss": Formula("all", lambda sizes: 64 << 30)}),
     ]
     monkeypatch.setattr(gpu, "providers", lambda *_: rivals)
-    rows = {row["provider"]: row for row in gpu._run_case(item, case, SUITE, device, 0)}
+
+    def rows_until(deadline):
+        return {row["provider"]: row for row in gpu._run_case(item, case, SUITE, device, 0, deadline, print)}
+
+    rows = rows_until(math.inf)
     assert (rows["broken"]["status"], rows["broken"]["detail"]) == ("failed", "RuntimeError: out of luck")
     assert rows["huge"]["status"] == "not available"
     assert rows["huge"]["detail"].startswith("needs 64 GiB")
+    assert {(row["status"], row["detail"]) for row in rows_until(0.0).values()} == {("not measured", "out of time")}
+
+
+def test_what_the_gpu_benchmark_measured_is_kept_when_it_ends_early(tmp_path, monkeypatch):
+    run_case, cases = gpu._run_case, []
+
+    def second_fails(*arguments):
+        cases.append(arguments)
+        return run_case(*arguments) if len(cases) == 1 else sys.exit("the card hangs")
+
+    monkeypatch.setattr(gpu, "_run_case", second_fails)
+    with pytest.raises(SystemExit, match="hangs"):
+        gpu.main("cpu", True, 0, tmp_path)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {row["case"] for row in report["rows"]} == {gpu.CASES[0].case.name}
+    assert all(row["status"] != "ok" or row["tflops"] > 0 for row in report["rows"])

@@ -182,6 +182,41 @@ def test_ranks_on_nccl_find_what_one_process_finds(tmp_path: Path) -> None:
                 torch.testing.assert_close(torch.cat(gradients) / world, expected.cpu())
 
 
+def test_offsets_beyond_32_bits() -> None:
+    """The last rows of 2.4e9 logits, beside the same rows alone."""
+    rows, classes, few = 3000, 793_471, 8
+    logits = torch.empty(rows, classes, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
+    target = torch.arange(rows, device="cuda")
+    alone = logits.detach()[-few:].clone().requires_grad_()
+    loss = fastloss.z_loss(logits, target, reduction="none")
+    want = fastloss.z_loss(alone, target[-few:], reduction="none")
+    torch.testing.assert_close(loss[-few:], want)
+    (gradient,) = torch.autograd.grad(loss.sum(), [logits])
+    (wanted,) = torch.autograd.grad(want.sum(), [alone])
+    # Most entries are a millionth; they are rounded to bfloat16.
+    torch.testing.assert_close(gradient[-few:], wanted, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-9)
+
+
+def test_a_stream_that_is_not_the_default_one() -> None:
+    inputs = pair(5000, 256)
+    want = gradients(LOSSES["clip_loss"], inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # what follows on the default stream would overtake the kernels
+        copies = [(x.detach() * 1).requires_grad_() for x in inputs]
+        got = gradients(LOSSES["clip_loss"], copies)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_a_card_that_is_not_the_current_one() -> None:
+    want = gradients(LOSSES["clip_loss"], pair(500, 64))
+    got = gradients(LOSSES["clip_loss"], [x.detach().to("cuda:1").requires_grad_() for x in pair(500, 64)])
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got, want, strict=True))
+
+
 @pytest.fixture(autouse=True)
 def empty_cache() -> Iterator[None]:
     yield

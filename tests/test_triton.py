@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,43 +19,85 @@ import torch
 import fastloss
 from fastloss import _backends
 
+if TYPE_CHECKING:
+    from fastloss._triton import Resources
+
 pytest.importorskip("triton", reason="the kernels need Triton; `pip install triton`")
 
 ROOT = Path(__file__).parent.parent
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def interpret(family: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: Triton reads the variable when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{family}/triton_values.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, subprocess.CompletedProcess[str]]:
+    families = _backends.TRITON_FAMILIES
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(families, pool.map(interpret, families), strict=True))
 
 
 @pytest.mark.parametrize("family", _backends.TRITON_FAMILIES)
-def test_values_under_the_interpreter(family: str) -> None:
-    """In a process of its own: Triton reads the variable when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{family}/triton_values.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_values_under_the_interpreter(family: str, interpreted: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    run = interpreted[family]
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_fit_the_chip_and_use_its_matrix_units(chip: str) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Resources]]:
+    """All chips at once, anew: nothing that another run compiled is taken."""
     from fastloss import kernels
 
-    assert chip in kernels.CHECKED
-    results = list(kernels.compile_all([chip]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield list(kernels.compile_all(CHIPS))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_fit_the_chip_and_use_its_matrix_units(chip: str, compiled: list[Resources]) -> None:
+    results = [r for r in compiled if r.target == chip]
     assert len(results) > 10
     assert [f"{r.specimen}: {', '.join(r.faults)}" for r in results if r.faults] == []
+
+
+@pytest.mark.parametrize("family", _backends.TRITON_FAMILIES)
+def test_kernels_take_sizes_of_one(family: str) -> None:
+    from fastloss import _triton
+
+    for specimen in importlib.import_module(f"fastloss.{family}.triton").specimens("sm_90", False):
+        _triton.read_with_sizes_of_one(specimen, "sm_90")
+
+
+def test_a_kernel_that_does_not_take_a_size_of_one_is_seen() -> None:
+    import triton
+
+    from fastloss import _triton
+
+    @triton.jit
+    def kernel(x, count):  # type: ignore[no-untyped-def]
+        count.to(x.dtype.element_ty)
+
+    specimen = _triton.Specimen("conversion", kernel, {"x": "*fp32", "count": "i32"}, {}, _triton.Config((1,)))
+    with pytest.raises(triton.compiler.errors.CompilationError, match="no attribute 'to'"):
+        _triton.read_with_sizes_of_one(specimen, "sm_90")
 
 
 def test_a_kernel_that_spills_or_does_not_fit_is_seen() -> None:
     from fastloss import _triton
     from fastloss.contrastive import triton as contrastive
 
-    large = _triton.Config((256, 256, 128, 1), 4, 4)
+    large = _triton.Config((256, 128, 128, 1), 4, 4)
     lse = contrastive._tile_specimen("lse", torch.bfloat16, False, large, "", "sm_80")
     faults = " ".join(_triton.resources(lse, "sm_80").faults)
     assert "spills" in faults
     assert "bytes of shared memory" in faults
-    types = dict.fromkeys(("partials", "upstream", "inverse", "out"), "*fp32") | {"count": "i32", "tiles": "i32"}
-    kernel, config = contrastive._scale_grad_kernel, _triton.Config((128,))
-    scalar = _triton.Specimen("sums", kernel, types, {"BLOCK": 128}, config, matrix=True)
-    assert _triton.resources(scalar, "sm_90").faults == ("does not use the matrix units",)
+    sums = next(s for s in contrastive.specimens("sm_90", False) if s.name == "scale gradient")
+    assert _triton.resources(replace(sums, matrix=True), "sm_90").faults == ("does not use the matrix units",)
 
 
 class TestChoice:

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastloss import _triton
 from fastloss._triton import Config, Specimen
 from fastloss.contrastive import portable
-from fastloss.contrastive.tiles import LOG2_E, NORM_EPS, blocks, inverse_norms, per_row
+from fastloss.contrastive.tiles import LOG2_E, NORM_EPS, blocks, inverse_norms, margin, per_row
 
 PANEL_ROWS = 8192  # a panel holds this times PANEL_COLS entries of 16 bits: 256 MiB
 PANEL_COLS = 16384  # not less than the rows: the mirrored square of a self-similarity lies in a row's first panel
@@ -202,10 +202,18 @@ def _lse_tile_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def _slots_at(partials, start, slots, stride, i, count, SLOTS: tl.constexpr):
+    """Places of the partial results of `SLOTS` tiles at once, so that their loads overlap, and which of them exist."""
+    slot = start + tl.arange(0, SLOTS)
+    place = partials + slot.to(tl.int64)[:, None] * stride + i[None, :]
+    return place, (slot < slots)[:, None] & (i < count)[None, :]
+
+
 @triton.jit(do_not_specialize=["count", "tiles"])
 def _fold_kernel(
     partials, state_max, state_sum, lse, shift, inverse, count, tiles,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds partial statistics (tiles, 2, count) to the state, in the order of the tiles; the last one finishes it."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -216,15 +224,14 @@ def _fold_kernel(
     else:
         top = tl.load(state_max + i, mask=inside, other=float("-inf"))
         total = tl.load(state_sum + i, mask=inside, other=0.0)
-    place = partials + i
-    for _ in range(tiles):
-        new_top = tl.load(place, mask=inside, other=float("-inf"))
-        new_total = tl.load(place + count, mask=inside, other=0.0)
-        both = tl.maximum(top, new_top)
+    for start in range(0, tiles, SLOTS):
+        place, exists = _slots_at(partials, start, tiles, 2 * count, i, count, SLOTS)
+        new_top = tl.load(place, mask=exists, other=float("-inf"))
+        new_total = tl.load(place + count, mask=exists, other=0.0)
+        both = tl.maximum(top, tl.max(new_top, 0))
         near = _finite_or_zero(both)
-        total = total * tl.exp2(top - near) + new_total * tl.exp2(new_top - near)
+        total = total * tl.exp2(top - near) + tl.sum(new_total * tl.exp2(new_top - near[None, :]), 0)
         top = both
-        place += 2 * count
     if LAST:
         tl.store(lse + i, (tl.log2(total) + top) * (1 / _LOG2_E), mask=inside)
         tl.store(shift + i, _finite_or_zero(top), mask=inside)
@@ -235,15 +242,14 @@ def _fold_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
-def _scale_grad_kernel(partials, upstream, inverse, out, count, tiles, BLOCK: tl.constexpr):
+def _scale_grad_kernel(partials, upstream, inverse, out, count, tiles, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Adds to out_i the product upstream_i E_i[c], from the partial sums (tiles, count)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     total = tl.zeros((BLOCK,), tl.float32)
-    place = partials + i
-    for _ in range(tiles):
-        total += tl.load(place, mask=inside, other=0.0)
-        place += count
+    for start in range(0, tiles, SLOTS):
+        place, exists = _slots_at(partials, start, tiles, count, i, count, SLOTS)
+        total += tl.sum(tl.load(place, mask=exists, other=0.0), 0)
     total *= tl.load(upstream + i, mask=inside, other=0.0) * tl.load(inverse + i, mask=inside, other=0.0)
     tl.store(out + i, total + tl.load(out + i, mask=inside, other=0.0), mask=inside)
 
@@ -464,7 +470,7 @@ _CANDIDATES_16 = (
 _CANDIDATES_32 = (Config((64, 64, 32, 1), 4, 3), Config((128, 64, 32, 1), 8, 3))
 _INTERPRETER_CANDIDATES = (Config((32, 16, 32, 1)),)
 _GROUP = 8
-_FOLD_BLOCK = 128
+_FOLD = {"SLOTS": 16, "BLOCK": 128}  # partial results and rows of a program at a time
 
 
 def _tables(
@@ -557,9 +563,9 @@ class _Statistics:
 
     def fold(self, partials: Tensor, first: bool = False, last: bool = False) -> None:
         if count := len(self.lse):
-            _fold_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
+            _fold_kernel[(triton.cdiv(count, _FOLD["BLOCK"]),)](
                 partials, *self.state, self.lse, *self.stats, count, len(partials),
-                FIRST=first, LAST=last, BLOCK=_FOLD_BLOCK,
+                FIRST=first, LAST=last, **_FOLD,
             )  # fmt: skip
 
     def begin(self) -> None:
@@ -596,10 +602,9 @@ class _Direction:
     def add(self, partials: Tensor) -> None:
         """The partial sums (tiles, n) of 2^(z - shift) c."""
         if count := len(self.scale_grad):
-            _scale_grad_kernel[(triton.cdiv(count, _FOLD_BLOCK),)](
-                partials, self.upstream, self.stats[1], self.scale_grad, count, len(partials),
-                BLOCK=_FOLD_BLOCK,
-            )  # fmt: skip
+            _scale_grad_kernel[(triton.cdiv(count, _FOLD["BLOCK"]),)](
+                partials, self.upstream, self.stats[1], self.scale_grad, count, len(partials), **_FOLD
+            )
 
 
 @dataclass(frozen=True)
@@ -941,6 +946,7 @@ def _gradients(
     """Fills both gradients; returns those of the scales per row and per column, (0,) for what is not wanted."""
     magnifier = _magnifier(left.x.dtype, *(scale * upstream for scale, _, upstream in directions))
     row, col = ([_Direction.start(*d, need_scale) for d in directions] + [None])[:2]
+    diagonal = diagonal.contiguous()  # a sum's gradient is one number, expanded
     need_left, need_right = left_out.dim() == 2, right_out.dim() == 2
     fits = right.x.numel() * 4 <= ACCUMULATOR_BYTES
     if need_left or need_scale or fits:
@@ -1015,9 +1021,9 @@ def pair_nll_fwd(
     states = [s for s in _lse(left, right, scale, scale if symmetric else None, pairs) if s is not None]
     diagonal = _diagonal(left, right)
     positive = scale * diagonal
-    margins = [state.lse.sub_(positive) for state in states]
-    total = torch.stack([torch.nn.functional.softplus(margin, threshold=40).sum() for margin in margins]).mean()
-    upstreams = [margin.sigmoid().mul_(1 / len(margins)) for margin in margins]
+    margins = [margin(state.lse, positive) for state in states]
+    total = torch.stack([torch.nn.functional.softplus(x, threshold=40).sum() for x in margins]).mean()
+    upstreams = [x.sigmoid_().mul_(1 / len(margins)) for x in margins]
     slope = torch.stack(upstreams).sum(0)
     grad_q, grad_k = _empty_gradient(q, need_q, torch.float32), _empty_gradient(k, need_k, torch.float32)
     directions = [(scale, state.stats, upstream) for state, upstream in zip(states, upstreams, strict=True)]
@@ -1050,14 +1056,14 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
                 for config, note in configs.items():
                     found.append(_tile_specimen(kernel, dtype, mirrored, config, note, target))
         found += _row_specimens(dtype)
-    counts, block = {"count": "i32", "tiles": "i32"}, {"BLOCK": _FOLD_BLOCK}
+    counts = {"count": "i32", "tiles": "i32"}
     fold = counts | dict.fromkeys(("partials", "state_max", "state_sum", "lse", "shift", "inverse"), "*fp32")
     scale = counts | dict.fromkeys(("partials", "upstream", "inverse", "out"), "*fp32")
-    flags, config = block | {"FIRST": True, "LAST": True}, Config((_FOLD_BLOCK,))
+    flags, config = _FOLD | {"FIRST": True, "LAST": True}, Config(tuple(_FOLD.values()))
     return [
         *found,
         Specimen("fold", _fold_kernel, fold, flags, config),
-        Specimen("scale gradient", _scale_grad_kernel, scale, block, config),
+        Specimen("scale gradient", _scale_grad_kernel, scale, _FOLD, config),
     ]
 
 

@@ -113,8 +113,9 @@ def _gradient_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`tiles.Kernels.gradient`; out may be x."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    parts = tl.cdiv(classes, BLOCK)
+    rows = tl.program_id(0) // parts * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(0) % parts * BLOCK + tl.arange(0, BLOCK)
     exists = rows < row_count
     a = tl.load(shift + rows, mask=exists, other=0.0)
     b = tl.load(scale + rows, mask=exists, other=0.0)
@@ -195,7 +196,7 @@ class _Kernels:
 
         def launch(config: Config) -> None:
             size = _size(config, classes)
-            _gradient_kernel[(triton.cdiv(rows, size["ROWS"]), triton.cdiv(classes, size["BLOCK"]))](
+            _gradient_kernel[(triton.cdiv(rows, size["ROWS"]) * triton.cdiv(classes, size["BLOCK"]),)](
                 logits, target, stats[0], stats[1], shift, scale, spike, out,
                 rows, classes, *logits.stride(), *out.stride(), **size, num_warps=config.num_warps,
             )  # fmt: skip

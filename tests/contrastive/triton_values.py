@@ -124,6 +124,20 @@ def test_all_negatives_left_out(variant: str) -> None:
     assert all(torch.count_nonzero(gradient) == 0 for gradient in result.gradients.values())
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_expanded_upstream(normalize: bool) -> None:
+    """Of a sum."""
+    problem = problem_of("info_nce", rows=20)
+    gradients = []
+    for backend in ("triton", "portable"):
+        q, k = (x.clone().requires_grad_() for x in problem.features.values())
+        with fastloss.use_backend(backend):
+            outputs = ops.similarity_lse(q, k, torch.ones((), device=DEVICE), normalize=normalize)
+            gradients.append(torch.autograd.grad(outputs[0].sum() + outputs[2].sum(), (q, k)))
+    for got, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_ids_beyond_32_bits_stay_apart() -> None:
     problem = problem_of("info_nce", rows=4)
     assert torch.equal(problem(fastloss), problem(fastloss, query_ids=(torch.arange(4) << 32).to(DEVICE)))
@@ -158,6 +172,26 @@ def test_one_bad_row_stays_in_its_row_and_column(variant: str, bad: float) -> No
         problem(fastloss.reference, {**problem.tensors, name: broken}),
     )
     assert torch.equal(got.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("length", [2e19, math.inf], ids=["overflow", "infinite"])
+@pytest.mark.parametrize("variant", ["info_nce dot", "info_nce dot mean", "info_nce dot symmetric mean", "nt_xent dot"])
+def test_infinite_similarity_of_a_positive(variant: str, length: float) -> None:
+    """+inf: NaN, loss and gradients; -inf: the loss is +inf."""
+    problem = problem_of(variant, rows=20)
+    first, second = list(problem.features)[:2]
+    anchor, key = problem.tensors[first].clone(), problem.tensors[second].clone()
+    anchor[5], key[5] = 0, 0
+    anchor[5, 0], key[5, 0] = min(length, 1e30), length
+    for sign in (1, -1):
+        given = problem.with_tensors(**{first: anchor, second: sign * key})
+        result, want = evaluate(given), evaluate(given, fastloss.reference).loss
+        assert torch.equal(result.loss.isnan(), want.isnan())
+        assert torch.equal(result.loss == math.inf, want == math.inf)
+        row = want if want.dim() == 0 else want[5]
+        assert bool(row.isnan() if sign == 1 else row == math.inf)
+        if sign == 1:
+            assert bool(result.gradients[first][5].isnan().all())
 
 
 @pytest.mark.parametrize("variant", FUNCTIONS)

@@ -374,6 +374,23 @@ def test_class_weights_need_one_target() -> None:
         layer(torch.randn(3, 4), target, torch.ones(3, 2), class_weight=torch.ones(9))
 
 
+def test_one_weighted_target_of_mse() -> None:
+    """The error to the weight at the target, in both shapes of the targets; not the weight times an error to 1."""
+    y, w = torch.tensor([0, 2, 2]), torch.rand(3, 1, dtype=torch.float64)
+    for target in (y, y[:, None]):
+        layer, dense = pair("mse")
+        x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+        losses = [model(x, target, w) for model in (layer, dense)]
+        torch.testing.assert_close(*losses, rtol=1e-11, atol=0)
+        (gradient,) = torch.autograd.grad(losses[1], x, retain_graph=True)
+        losses[1].backward(inputs=list(dense.parameters()))
+        losses[0].backward()
+        torch.testing.assert_close(x.grad, gradient, rtol=1e-10, atol=1e-12)
+        layer.step(0.1)
+        torch.optim.SGD(dense.parameters(), lr=0.1).step()
+        assert_same_weight(layer, dense, 1e-11)
+
+
 def test_weights_of_another_dtype() -> None:
     layer, _ = pair("z")
     x, y, w = torch.randn(3, 5, dtype=torch.float64), torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.rand(3, 2)

@@ -266,7 +266,7 @@ class TestUseBackend:
             pass
 
     def test_names_are_those_of_backends(self) -> None:
-        assert set(fastloss.backends()) == {"native", "portable"}
+        assert set(fastloss.backends()) == {"native", "portable", "triton"}
         assert fastloss.backends()["portable"].startswith("available")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -24,6 +24,8 @@ from torch import Tensor
 import fastloss
 
 __all__ = ["Config", "Resources", "Specimen", "architecture", "best", "float32_precision", "on", "resources", "tuning"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def architecture(device: torch.device) -> str:
     return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), SMALL)
 
 
-def pick(table: Mapping[str, Config], device: torch.device) -> Config:
-    """The default of the device's architecture; cards that the table does not name get its smallest one."""
+def pick(table: Mapping[str, T], device: torch.device) -> T:
+    """The entry of the device's architecture; cards that the table does not name get that of the smallest."""
     name = architecture(device)
     return table.get(name, table["gfx942" if name.startswith("gfx") else SMALL])
 

@@ -456,18 +456,50 @@ _TILES_32 = {
 }
 # Where large tiles would leave multiprocessors without work.
 _SMALL_16 = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), Config((64, 64, 64, 2), 4, 3)),
+    **dict.fromkeys(("sm_80", "sm_86", "sm_90"), Config((64, 64, 64, 2), 4, 3)),
+    "sm_100": Config((64, 64, 64, 2), 8, 3),
     "gfx942": Config((64, 64, 32, 2), 4, 2),
     "interpreter": Config((16, 16, 16, 1)),
 }
-_CANDIDATES_16 = (
+# What tuning tries besides, where it neither spills nor outgrows the chip (`make kernels`).
+_SQUARE, _WIDE, _TALL, _FLAT = (
     Config((128, 128, 64, 2), 8, 3),
-    Config((128, 128, 64, 4), 8, 3, 128),
     Config((128, 256, 64, 4), 8, 4),
     Config((256, 128, 64, 4), 8, 3),
     Config((64, 128, 64, 2), 4, 4),
 )
-_CANDIDATES_32 = (Config((64, 64, 32, 1), 4, 3), Config((128, 64, 32, 1), 8, 3))
+_TWO_A_MULTIPROCESSOR = Config((128, 128, 64, 4), 8, 3, 128)
+_CANDIDATES_16: dict[str, dict[str, tuple[Config, ...]]] = {
+    "lse": {
+        "sm_80": (_SQUARE, _WIDE, _TALL, _FLAT),
+        "sm_86": (_SQUARE, _TALL, _FLAT),
+        "sm_90": (_SQUARE, _TWO_A_MULTIPROCESSOR, _WIDE, _TALL, _FLAT),
+        "sm_100": (_SQUARE, _TWO_A_MULTIPROCESSOR, _WIDE, _TALL),
+        "gfx942": (_TWO_A_MULTIPROCESSOR,),
+    },
+    "grad": {
+        **dict.fromkeys(("sm_80", "sm_86"), (_SQUARE, _TALL, _FLAT)),
+        "sm_90": (_SQUARE, _FLAT),
+        "sm_100": (_SQUARE, _TALL),
+        "gfx942": (_TWO_A_MULTIPROCESSOR,),
+    },
+    "grad mirrored": {
+        **dict.fromkeys(("sm_80", "sm_90"), (_FLAT,)),
+        "sm_86": (_SQUARE, _FLAT),
+        "sm_100": (),
+        "gfx942": (_TWO_A_MULTIPROCESSOR,),
+    },
+}
+_FEW_WARPS, _TALL_32 = Config((64, 64, 32, 1), 4, 3), Config((128, 64, 32, 1), 8, 3)
+_CANDIDATES_32: dict[str, dict[str, tuple[Config, ...]]] = {
+    "lse": dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), (_FEW_WARPS, _TALL_32)) | {"gfx942": ()},
+    "grad": dict.fromkeys(("sm_80", "sm_86", "sm_90", "sm_100"), (_FEW_WARPS, _TALL_32)) | {"gfx942": (_TALL_32,)},
+    "grad mirrored": {
+        **dict.fromkeys(("sm_80", "sm_86", "sm_90"), (_FEW_WARPS, _TALL_32)),
+        "sm_100": (),
+        "gfx942": (_TALL_32,),
+    },
+}
 _INTERPRETER_CANDIDATES = (Config((32, 16, 32, 1)),)
 _GROUP = 8
 _FOLD = {"SLOTS": 16, "BLOCK": 128}  # partial results and rows of a program at a time
@@ -475,21 +507,21 @@ _FOLD = {"SLOTS": 16, "BLOCK": 128}  # partial results and rows of a program at 
 
 def _tables(
     kernel: str, dtype: torch.dtype, mirrored: bool
-) -> tuple[dict[str, Config], dict[str, Config], tuple[Config, ...]]:
+) -> tuple[dict[str, Config], dict[str, Config], dict[str, tuple[Config, ...]]]:
     """Defaults for large and for small panels, and what tuning tries besides."""
+    tried = "grad mirrored" if mirrored and kernel == "grad" else kernel
     if dtype == torch.float32:
-        return _TILES_32, _TILES_32, _CANDIDATES_32
-    return _TILES_16 if mirrored else _LARGEST_16[kernel], _SMALL_16, _CANDIDATES_16
+        return _TILES_32, _TILES_32, _CANDIDATES_32[tried]
+    return _TILES_16 if mirrored else _LARGEST_16[kernel], _SMALL_16, _CANDIDATES_16[tried]
 
 
 def _tile_config(kernel: str, x: Tensor, y: Tensor, mirrored: bool, launch: Callable[[Config], None]) -> Config:
-    large, small, candidates = _tables(kernel, x.dtype, mirrored)
+    large, small, tried = _tables(kernel, x.dtype, mirrored)
     config = _triton.pick(large, x.device)
     tiles = triton.cdiv(len(x), config.blocks[0]) * triton.cdiv(len(y), config.blocks[1])
     if tiles < _triton.multiprocessors(x.device):
         config = _triton.pick(small, x.device)
-    if x.device.type == "cpu":
-        candidates = _INTERPRETER_CANDIDATES
+    candidates = _INTERPRETER_CANDIDATES if x.device.type == "cpu" else _triton.pick(tried, x.device)
     key = f"{kernel}{' mirrored' if mirrored else ''} {x.dtype} {_triton.size_class(len(x), len(y), x.shape[1])}"
     return _triton.best(key, x.device, config, candidates, launch)
 
@@ -1043,16 +1075,16 @@ _WIDTHS = frozenset({"x", "y", "width", "x_stride", "y_stride"})
 
 
 def specimens(target: str, candidates: bool) -> list[Specimen]:
-    """Every kernel in its default configuration on `target`; with `candidates`, the tiles in all that tuning tries."""
+    """Every kernel in its defaults on `target`; with `candidates`, the tiles in all that tuning tries."""
     found = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32) if candidates else (torch.bfloat16, torch.float32):
         for kernel in ("lse", "grad"):
             for mirrored in (False, True):
                 large, small, tried = _tables(kernel, dtype, mirrored)
                 configs = {large[target]: ""}
-                if candidates:
-                    configs |= {config: f" candidate {i}" for i, config in enumerate(tried) if config != large[target]}
-                    configs[small[target]] = " small"
+                configs.setdefault(small[target], " small")
+                for i, config in enumerate(tried[target] if candidates else ()):
+                    configs.setdefault(config, f" candidate {i}")
                 for config, note in configs.items():
                     found.append(_tile_specimen(kernel, dtype, mirrored, config, note, target))
         found += _row_specimens(dtype)

@@ -22,7 +22,7 @@ __all__ = ["backend_of", "backends", "implementation", "native_core", "use_backe
 
 PORTABLE, NATIVE, TRITON = "portable", "native", "triton"
 TRITON_VERSION = (3, 6)
-TRITON_FAMILIES = ("contrastive", "spherical")  # the others run portable kernels beside it
+TRITON_FAMILIES = ("contrastive", "spherical", "gaunt")  # the others run portable kernels beside it
 CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
 HIP_CARDS = ("gfx90a", "gfx942", "gfx950")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +36,7 @@ from fastloss.gaunt.tables import antipodes, parities
 MOST_TOTAL = 40
 MOST_INPUTS = 6
 MOST_SUMS = 6  # tiles of coefficients that a launch sums in registers; more of them take several launches
+MOST_LANES = 128  # of a program
 TILE = 16  # coefficients, the least that the matrix units take
 _TILE = tl.constexpr(TILE)
 
@@ -42,16 +44,20 @@ _TILE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _pointers(x, strides, size, places, row, outer, channel, exists, SIDE: tl.constexpr):
-    """To the coefficients of a tile of the table's rows, (lanes, TILE); with SIDE, lanes run fastest: (TILE, lanes)."""
+def _pointers(x, strides, size, places, row, begin, outer, channel, exists, SIDE: tl.constexpr):
+    """To the coefficients of a tile of the table's rows: (TILE, lanes); with SIDE, where lanes run fastest, transposed.
+
+    The compiler knows no neighbours in either dimension, and then lets neighbouring threads run along the first.
+    """
     place = tl.load(places + row + tl.arange(0, _TILE))
+    x += begin * strides[0]
     start = outer * strides[0] + channel * strides[1]
-    offset = place.to(tl.int64) * strides[2]
+    offset = place * strides[2]
     wanted = place < size
     if SIDE:
-        pointers, inside = x + offset[:, None] + start[None, :], wanted[:, None] & exists[None, :]
-    else:
         pointers, inside = x + start[:, None] + offset[None, :], exists[:, None] & wanted[None, :]
+    else:
+        pointers, inside = x + offset[:, None] + start[None, :], wanted[:, None] & exists[None, :]
     return pointers, inside
 
 
@@ -63,15 +69,15 @@ def _harmonics_at(harmonics, row, point, point_count, POINTS: tl.constexpr):
 
 @triton.jit
 def _values(
-    x, strides, size, places, harmonics, first, point, outer, channel, exists, point_count,
+    x, strides, size, places, harmonics, first, point, begin, outer, channel, exists, point_count,
     TILES: tl.constexpr, SIDE: tl.constexpr, LANES: tl.constexpr, POINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of the part of the functions that has one parity, whose rows of the table begin at `first`."""
     total = tl.zeros((LANES, POINTS), tl.float32)
     for row in range(first, first + TILES * _TILE, _TILE):
-        pointers, inside = _pointers(x, strides, size, places, row, outer, channel, exists, SIDE)
+        pointers, inside = _pointers(x, strides, size, places, row, begin, outer, channel, exists, SIDE)
         coefficients = tl.load(pointers, mask=inside, other=0.0)
-        if SIDE:
+        if not SIDE:
             coefficients = tl.trans(coefficients)
         basis = _harmonics_at(harmonics, row, point, point_count, POINTS)
         total = tl.dot(coefficients, basis, total, input_precision=PRECISION)
@@ -101,26 +107,30 @@ def _kernel(
     SUMS: tl.constexpr,  # (output, parity, row of the table): the tiles of coefficients that are computed
     FIRST_ODD: tl.constexpr, SIDE: tl.constexpr, LANES: tl.constexpr, POINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    lanes = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    # Before the loop: no compiler moves a division there.
-    outer, channel, exists = lanes // channels, lanes % channels, lanes < lane_count
+    # Lanes are (outer, channel), outer from `begin` on: 64 bits once, 32 bits a lane. Divided before the loop, since no
+    # compiler moves a division there.
+    lane = tl.program_id(0).to(tl.int64) * LANES
+    begin = lane // channels
+    lanes = (lane - begin * channels).to(tl.int32) + tl.arange(0, LANES)
+    outer, channel = lanes // channels, lanes % channels
+    exists = tl.arange(0, LANES) < tl.minimum(lane_count - lane, LANES).to(tl.int32)
     sums = ()
     for _ in tl.static_range(len(SUMS)):
-        sums = sums + (tl.zeros((LANES, _TILE), tl.float32),)
+        sums += (tl.zeros((LANES, _TILE), tl.float32),)
     for point in range(0, point_count, POINTS):
         here = ()
         opposite = ()
         for i in tl.static_range(len(IN_SIZES)):
             even = _values(
                 inputs[i], in_strides[i], IN_SIZES[i], places, harmonics, 0, point,
-                outer, channel, exists, point_count, EVEN[i], SIDE, LANES, POINTS, PRECISION,
+                begin, outer, channel, exists, point_count, EVEN[i], SIDE, LANES, POINTS, PRECISION,
             )  # fmt: skip
             odd = _values(
                 inputs[i], in_strides[i], IN_SIZES[i], places, harmonics, FIRST_ODD, point,
-                outer, channel, exists, point_count, ODD[i], SIDE, LANES, POINTS, PRECISION,
+                begin, outer, channel, exists, point_count, ODD[i], SIDE, LANES, POINTS, PRECISION,
             )  # fmt: skip
-            here = here + (even + odd,)
-            opposite = opposite + (even - odd,)
+            here += (even + odd,)
+            opposite += (even - odd,)
         weight = tl.load(weights + point + tl.arange(0, POINTS))[None, :]
         more = ()
         for o in tl.static_range(len(OUT_SIZES)):
@@ -130,14 +140,14 @@ def _kernel(
                 if SUMS[s][0] == o:
                     f = first - second if SUMS[s][1] else first + second
                     basis = _harmonics_at(harmonics, SUMS[s][2], point, point_count, POINTS)
-                    more = more + (tl.dot(f, tl.trans(basis), sums[s], input_precision=PRECISION),)
+                    more += (tl.dot(f, tl.trans(basis), sums[s], input_precision=PRECISION),)
         sums = more
     for s in tl.static_range(len(SUMS)):
         pointers, inside = _pointers(
             outputs[SUMS[s][0]], out_strides[SUMS[s][0]], OUT_SIZES[SUMS[s][0]], places, SUMS[s][2],
-            outer, channel, exists, SIDE,
+            begin, outer, channel, exists, SIDE,
         )  # fmt: skip
-        tl.store(pointers, tl.trans(sums[s]) if SIDE else sums[s], mask=inside)
+        tl.store(pointers, sums[s] if SIDE else tl.trans(sums[s]), mask=inside)
 
 
 # ---------------------------------------------------------------- configurations
@@ -148,7 +158,13 @@ _TABLE = {
     **dict.fromkeys(("sm_90", "sm_100", "gfx942"), Config((64, 16), 4, 2)),
     _triton.INTERPRETER: Config((16, 16)),
 }
-_CANDIDATES = (Config((64, 32), 4, 1), Config((128, 16), 8, 2), Config((128, 32), 8, 2), Config((64, 16), 4, 3))
+_CANDIDATES = (Config((64, 32), 8, 1), Config((128, 16), 8, 2), Config((128, 16), 8, 1), Config((64, 16), 4, 3))
+
+
+def _spread(config: Config, inputs: int) -> Config:
+    """The values of many functions go to twice as many threads."""
+    return replace(config, num_warps=2 * config.num_warps) if inputs > 3 else config
+
 
 # ---------------------------------------------------------------- launches
 
@@ -161,12 +177,15 @@ def _launches(in_degrees: tuple[int, ...], program: Program) -> list[dict[str, A
         return tuple(triton.cdiv(len(places), TILE) for places in parities(degree))
 
     first_odd = TILE * tiles(max(*in_degrees, *program.out_degrees))[0]
-    sums = tuple(
-        (o, parity, parity * first_odd + TILE * n)
-        for o, degree in enumerate(program.out_degrees)
-        for parity, count in enumerate(tiles(degree))
-        for n in range(count)
-    )
+    groups: list[tuple[tuple[int, int, int], ...]] = [()]
+    for o, degree in enumerate(program.out_degrees):
+        sums = [(o, odd, odd * first_odd + TILE * n) for odd, count in enumerate(tiles(degree)) for n in range(count)]
+        size = triton.cdiv(len(sums), triton.cdiv(len(sums), MOST_SUMS))
+        for begin in range(0, len(sums), size):
+            group = tuple(sums[begin : begin + size])
+            if len(groups[-1]) + len(group) > MOST_SUMS:
+                groups.append(())
+            groups[-1] += group
     constants = {
         "IN_SIZES": tuple((n + 1) ** 2 for n in in_degrees),
         "EVEN": tuple(tiles(n)[0] for n in in_degrees),
@@ -175,15 +194,24 @@ def _launches(in_degrees: tuple[int, ...], program: Program) -> list[dict[str, A
         "TERMS": tuple((o, t.coefficient, *t.factors) for o, terms in enumerate(program.outputs) for t in terms),
         "FIRST_ODD": first_odd,
     }
-    size = triton.cdiv(len(sums), triton.cdiv(len(sums), MOST_SUMS))
-    return [constants | {"SUMS": sums[begin : begin + size]} for begin in range(0, len(sums), size)]
+    return [constants | {"SUMS": group} for group in groups]
 
 
 def _as_lanes(x: Tensor, channels_last: bool) -> Tensor:
-    """(lanes / channels, channels, coefficients): a view, but of tensors whose leading dimensions are no two."""
+    """(lanes / channels, channels, coefficients): a view, but of tensors whose leading dimensions are no two.
+
+    Or whose strides are so large that places in a block of lanes need more than 32 bits.
+    """
     x = x.mT if channels_last else x
     lead = x.shape[:-1]
-    return x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1]) if len(lead) > 1 else x.reshape(-1, 1, x.shape[-1])
+    x = x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1]) if len(lead) > 1 else x.reshape(-1, 1, x.shape[-1])
+    return x if _reach(x) < 1 << 31 else x.contiguous()
+
+
+def _reach(x: Tensor) -> int:
+    """The largest offset in a block of lanes."""
+    outer, channel, coefficient = x.stride()
+    return MOST_LANES * outer + (x.shape[1] - 1) * channel + (x.shape[2] - 1) * coefficient
 
 
 def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool, direct: bool) -> list[Tensor]:
@@ -219,7 +247,7 @@ def _run(
     key = f"gaunt {degrees} {program.text()} {side} {_triton.size_class(lanes)}"
     candidates = _CANDIDATES if x[0].is_cuda else (Config((32, 32)),)
     with _triton.on(x[0]):
-        launch(_triton.best(key, device, _triton.pick(_TABLE, device), candidates, launch))
+        launch(_triton.best(key, device, _spread(_triton.pick(_TABLE, device), len(x)), candidates, launch))
 
 
 # ---------------------------------------------------------------- specimens for the gates
@@ -238,17 +266,23 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
         "4 bodies L = 3": ((3,) * 4, bodies, False),
         "4 bodies L = 3 gradient": ((3, 3, 3, 3, 12), bodies.gradient((0, 1, 2, 3), (3,) * 4, (0,), 4), False),
     }
-    configs = {_TABLE[target]: ""} | (
-        {config: f" candidate {i}" for i, config in enumerate(_CANDIDATES)} if candidates else {}
-    )
+    extra = {f" candidate {i}": config for i, config in enumerate(_CANDIDATES)} if candidates else {}
     return [
-        _specimen(f"{name}{note}", *case, config, target) for config, note in configs.items()
-        for name, case in cases.items()
-    ]  # fmt: skip
+        _specimen(f"{name}, launch {part}{note}", degrees, program, constants, side, config, target)
+        for name, (degrees, program, side) in cases.items()
+        for note, config in ({"": _spread(_TABLE[target], len(degrees))} | extra).items()
+        for part, constants in enumerate(_launches(degrees, program))
+    ]
 
 
 def _specimen(
-    name: str, degrees: tuple[int, ...], program: Program, side: bool, config: Config, target: str
+    name: str,
+    degrees: tuple[int, ...],
+    program: Program,
+    constants: dict[str, Any],
+    side: bool,
+    config: Config,
+    target: str,
 ) -> Specimen:
     lanes, points = config.blocks
     count, outputs = len(degrees), len(program.out_degrees)
@@ -257,7 +291,6 @@ def _specimen(
     types |= {"places": "*i32", "harmonics": "*fp32", "weights": "*fp32"}
     types |= dict.fromkeys(("lane_count", "channels", "point_count"), "i32")
     precision = "tf32x3" if target.startswith("sm") else "ieee"
-    constants = {"SIDE": side, "LANES": lanes, "POINTS": points, "PRECISION": precision}
-    constants |= _launches(degrees, program)[0]
+    constants = constants | {"SIDE": side, "LANES": lanes, "POINTS": points, "PRECISION": precision}
     aligned = frozenset({"places", "harmonics", "weights", "point_count"})
     return Specimen(f"gaunt {name}", _kernel, types, constants, config, aligned, True)

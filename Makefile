@@ -35,7 +35,7 @@ kernels: setup
 # Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
 GPU_PYTEST = $(PYTHON) -m pytest -q -W default
 GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
-GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py
+GPU_TESTS := tests/test_gpu.py tests/contrastive/triton_values.py tests/spherical/triton_values.py tests/gaunt/triton_values.py
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m fastloss info

@@ -20,7 +20,7 @@ import torch
 
 import fastloss
 
-from . import contrastive, spherical
+from . import contrastive, gaunt, spherical
 from .harness import (
     GIB,
     Case,
@@ -37,7 +37,11 @@ from .harness import (
 from .report import duration, size, write_atomically
 
 BUDGET = 400.0  # seconds; cases that would begin later are named as not measured
-SUITES: dict[str, Suite] = {"contrastive": contrastive.SUITE, "spherical": spherical.SUITE}
+SUITES: dict[str, Suite] = {
+    "contrastive": contrastive.SUITE,
+    "spherical": spherical.SUITE,
+    "gaunt": gaunt.SUITE,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RIVALS = frozenset({"eager", "torch.compile"})
 ALL = None
@@ -78,6 +82,18 @@ def _linear(rows: int, classes: int, dim: int) -> GpuCase:
     return GpuCase(replace(pattern, name=f"z-linear-{rows}x{classes}x{dim}", sizes=sizes), rounds=10)
 
 
+def _gaunt(degree: int, rows: int) -> GpuCase:
+    pattern = next(c for c in gaunt.CASES if c.name == f"gaunt-l{degree}")
+    case = replace(pattern, name=f"gaunt-l{degree}-{rows}", sizes={"rows": rows, "dim": 1})
+    inputs, output = 2 * (degree + 1) ** 2, (2 * degree + 1) ** 2
+    # Read and written forward; read and written backward.
+    return GpuCase(
+        case,
+        frozenset({"eager", "e3nn", "fastloss[portable]"}),
+        bytes=lambda s: 4.0 * s["rows"] * (3 * inputs + 2 * output),
+    )
+
+
 CASES: tuple[GpuCase, ...] = (
     _contrastive("clip_loss", 32_768, 1024, torch.bfloat16, rounds=10),
     _contrastive("clip_loss", 8192, 512, torch.bfloat16, ALL),
@@ -89,6 +105,8 @@ CASES: tuple[GpuCase, ...] = (
     _z_loss(4096, 50_257, torch.bfloat16),
     _z_loss(4096, 50_257, torch.float32),
     _linear(2048, 50_257, 512),
+    _gaunt(2, 100_000),
+    _gaunt(4, 100_000),
     _contrastive("clip_loss", 1_048_576, 512, torch.bfloat16, frozenset(), rounds=1),
 )
 
@@ -192,7 +210,7 @@ def providers(suite: Suite, item: GpuCase, device: torch.device) -> list[Provide
     others = [p for p in suite.providers if not p.name.startswith("fastloss")]
     portable = next(p for p in suite.providers if p.name == "fastloss[portable]")
     chosen = others if item.rivals is None else [p for p in others if p.name in item.rivals]
-    return [ours(suite, device), *chosen, *([portable] if item.rivals is None else [])]
+    return [ours(suite, device), *chosen, *([portable] if item.rivals is None or portable.name in item.rivals else [])]
 
 
 def tuning(device: torch.device) -> AbstractContextManager[object]:

@@ -9,11 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastloss.gaunt.tables import parities
+
 from .report import duration, size, write_atomically
 
 SHEET = Path(__file__).parent / "roofline.md"
 # What `fastloss.contrastive.triton` does; that they agree is tested.
 PANEL_ROWS, PANEL_COLS, ACCUMULATOR_BYTES = 8192, 16384, 512 << 20
+TILE = 16  # coefficients and points of `fastloss.gaunt.triton`
 EXPONENTIALS = 16  # a clock and multiprocessor: the CUDA C++ programming guide, throughput of arithmetic instructions
 
 
@@ -127,6 +130,23 @@ def moments(rows: int, classes: int, dtype: str) -> Work:
     )  # fmt: skip
 
 
+def gaunt(degree: int, lanes: int) -> Work:
+    """Products of degrees L, L to 2 L, by dense transforms on half a grid."""
+    columns = {n: sum(-(-len(places) // TILE) * TILE for places in parities(n)) for n in (degree, 2 * degree)}
+    nodes, azimuths = 2 * degree + 1, 4 * degree + 1
+    points = -(-((nodes + 1) // 2 * azimuths) // TILE) * TILE
+    each, out = (degree + 1) ** 2, (2 * degree + 1) ** 2
+
+    def flops(count: int) -> float:
+        return 2.0 * lanes * points * (count * columns[degree] + columns[2 * degree])
+
+    forward, backward = 4.0 * lanes * (2 * each + out), 4.0 * lanes * (4 * each + out)
+    return Work(
+        f"Gaunt product of {lanes} pairs, L = {degree}", "float32", 132.0 * degree**3 * lanes, forward + backward,
+        (Phase("product", flops(2), bytes=forward), Phase("gradients", flops(4), bytes=backward)),
+    )  # fmt: skip
+
+
 WORKS = (
     contrastive(32_768, 1024, "bfloat16"),
     contrastive(8192, 512, "bfloat16"),
@@ -136,6 +156,8 @@ WORKS = (
     self_similarity(32_768, 1024, "bfloat16"),
     moments(4096, 50_257, "bfloat16"),
     moments(4096, 50_257, "float32"),
+    gaunt(2, 100_000),
+    gaunt(4, 100_000),
 )
 
 
@@ -160,7 +182,8 @@ def sheet() -> str:
         ),
         "",
         "The floor is what remains if arithmetic and memory overlap wholly: the larger of the flops (8MND for InfoNCE,",
-        "half of it for NT-Xent) at the peak of the products and of the inputs and gradients at that of memory.",
+        "half of it for NT-Xent, 132 L^3 a Gaunt product) at the peak of the products, and of the inputs and gradients",
+        "(of the Gaunt products, the products as well) at that of memory.",
         "Predicted is the time of the schedule: its phases one after the other, each at the larger of its arithmetic",
         "and bytes, with the exponentials of a tile beside the products of others (first share) or after its own",
         "(second). Both shares are of the floor. A product below the published peak, as every library's is, lowers the",

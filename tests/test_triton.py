@@ -62,7 +62,7 @@ class TestChoice:
         monkeypatch.setattr(_backends, "_triton_status", lambda: "available (Triton 3.6.0)")
         assert _backends.backend_of(torch.device("cuda:1")) == "triton"
         assert _backends.implementation("contrastive", torch.device("cuda")).__name__ == "fastloss.contrastive.triton"
-        assert _backends.implementation("gaunt", torch.device("cuda")).__name__ == "fastloss.gaunt.portable"
+        assert _backends.implementation("sliced", torch.device("cuda")).__name__ == "fastloss.sliced.portable"
         assert _backends.backend_of(torch.device("mps")) == "portable"
 
     def test_otherwise_they_run_portable_after_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:

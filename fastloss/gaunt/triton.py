@@ -37,6 +37,7 @@ MOST_TOTAL = 40
 MOST_INPUTS = 6
 MOST_SUMS = 6  # tiles of coefficients that a launch sums in registers; more of them take several launches
 MOST_LANES = 128  # of a program
+NARROW = 1 << 31  # places in a block of lanes below it are of 32 bits, which take half the registers
 TILE = 16  # coefficients, the least that the matrix units take
 _TILE = tl.constexpr(TILE)
 
@@ -52,7 +53,7 @@ def _pointers(x, strides, size, places, row, begin, outer, channel, exists, SIDE
     place = tl.load(places + row + tl.arange(0, _TILE))
     x += begin * strides[0]
     start = outer * strides[0] + channel * strides[1]
-    offset = place * strides[2]
+    offset = place.to(channel.dtype) * strides[2]
     wanted = place < size
     if SIDE:
         pointers, inside = x + start[:, None] + offset[None, :], exists[:, None] & wanted[None, :]
@@ -105,13 +106,14 @@ def _kernel(
     OUT_SIZES: tl.constexpr,
     TERMS: tl.constexpr,  # (output, coefficient, factors...)
     SUMS: tl.constexpr,  # (output, parity, row of the table): the tiles of coefficients that are computed
-    FIRST_ODD: tl.constexpr, SIDE: tl.constexpr, LANES: tl.constexpr, POINTS: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_ODD: tl.constexpr, SIDE: tl.constexpr,
+    INDEX: tl.constexpr,  # of places within a block of lanes
+    LANES: tl.constexpr, POINTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Lanes are (outer, channel), outer from `begin` on: 64 bits once, 32 bits a lane. Divided before the loop, since no
-    # compiler moves a division there.
+    # Lanes are (outer, channel), outer from `begin` on. Divided before the loop: no compiler moves a division there.
     lane = tl.program_id(0).to(tl.int64) * LANES
     begin = lane // channels
-    lanes = (lane - begin * channels).to(tl.int32) + tl.arange(0, LANES)
+    lanes = (lane - begin * channels).to(INDEX) + tl.arange(0, LANES)
     outer, channel = lanes // channels, lanes % channels
     exists = tl.arange(0, LANES) < tl.minimum(lane_count - lane, LANES).to(tl.int32)
     sums = ()
@@ -198,20 +200,17 @@ def _launches(in_degrees: tuple[int, ...], program: Program) -> list[dict[str, A
 
 
 def _as_lanes(x: Tensor, channels_last: bool) -> Tensor:
-    """(lanes / channels, channels, coefficients): a view, but of tensors whose leading dimensions are no two.
-
-    Or whose strides are so large that places in a block of lanes need more than 32 bits.
-    """
+    """(lanes / channels, channels, coefficients): a view, but of tensors whose leading dimensions are no two."""
     x = x.mT if channels_last else x
     lead = x.shape[:-1]
-    x = x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1]) if len(lead) > 1 else x.reshape(-1, 1, x.shape[-1])
-    return x if _reach(x) < 1 << 31 else x.contiguous()
+    return x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1]) if len(lead) > 1 else x.reshape(-1, 1, x.shape[-1])
 
 
 def _reach(x: Tensor) -> int:
-    """The largest offset in a block of lanes."""
+    """The largest place within a block of lanes."""
     outer, channel, coefficient = x.stride()
-    return MOST_LANES * outer + (x.shape[1] - 1) * channel + (x.shape[2] - 1) * coefficient
+    _, channels, size = x.shape
+    return (MOST_LANES // channels + 1) * outer + (channels - 1) * channel + (size - 1) * coefficient
 
 
 def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool, direct: bool) -> list[Tensor]:
@@ -232,6 +231,7 @@ def _run(
 ) -> None:
     lanes, channels, device = x[0].shape[0] * x[0].shape[1], x[0].shape[1], x[0].device
     top = max(*degrees, *program.out_degrees)
+    index = tl.int32 if max(map(_reach, (*x, *y))) < NARROW else tl.int64
 
     def launch(config: Config) -> None:
         block, points = config.blocks
@@ -240,8 +240,8 @@ def _run(
             _kernel[(triton.cdiv(lanes, block),)](
                 tuple(x), tuple(y), tuple(t.stride() for t in x), tuple(t.stride() for t in y),
                 table.places, table.harmonics, table.weights, lanes, channels, len(table.weights),
-                **constants, SIDE=side, LANES=block, POINTS=points, PRECISION=_triton.float32_precision(),
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **constants, SIDE=side, INDEX=index, LANES=block, POINTS=points,
+                PRECISION=_triton.float32_precision(), num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
 
     key = f"gaunt {degrees} {program.text()} {side} {_triton.size_class(lanes)}"
@@ -263,7 +263,6 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
         "product L = 4 channels last": ((4, 4), product, True),
         "product L = 4 gradient": ((4, 4, 8), gradient, False),
         "product L = 4 second gradient": ((4, 4, 8, 4, 4), gradient.gradient((0, 1, 2), (4, 4, 8), (0, 1), 3), False),
-        "4 bodies L = 3": ((3,) * 4, bodies, False),
         "4 bodies L = 3 gradient": ((3, 3, 3, 3, 12), bodies.gradient((0, 1, 2, 3), (3,) * 4, (0,), 4), False),
     }
     extra = {f" candidate {i}": config for i, config in enumerate(_CANDIDATES)} if candidates else {}
@@ -291,6 +290,6 @@ def _specimen(
     types |= {"places": "*i32", "harmonics": "*fp32", "weights": "*fp32"}
     types |= dict.fromkeys(("lane_count", "channels", "point_count"), "i32")
     precision = "tf32x3" if target.startswith("sm") else "ieee"
-    constants = constants | {"SIDE": side, "LANES": lanes, "POINTS": points, "PRECISION": precision}
+    constants = constants | {"SIDE": side, "INDEX": tl.int32, "LANES": lanes, "POINTS": points, "PRECISION": precision}
     aligned = frozenset({"places", "harmonics", "weights", "point_count"})
     return Specimen(f"gaunt {name}", _kernel, types, constants, config, aligned, True)

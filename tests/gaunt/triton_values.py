@@ -197,6 +197,22 @@ def test_other_configurations(config: Config, monkeypatch: pytest.MonkeyPatch) -
     check(product(), [functions(33, l=3), functions(33, l=2, seed=1)])
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_places_of_64_bits(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = numbers(3, 9, 9), numbers(3, 9, 9, seed=1)
+    want = fastloss.gaunt_tensor_product(x, y, dim=dim)
+    monkeypatch.setattr(kernels, "NARROW", 0)
+    assert torch.equal(fastloss.gaunt_tensor_product(x, y, dim=dim), want)
+
+
+def test_what_takes_64_bits() -> None:
+    """Only the places within a block of lanes count, not how large a tensor is."""
+    narrow = [numbers(9).expand(1 << 40, 9), numbers(1, 9).expand(1 << 30, 1 << 5, 9)]
+    assert all(kernels._reach(kernels._as_lanes(x, False)) < kernels.NARROW for x in narrow)
+    wide = torch.empty_strided((4, 4, 9), (9, 1 << 30, 1), device="meta")
+    assert kernels._reach(kernels._as_lanes(wide, False)) >= kernels.NARROW
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     x, y = functions(20, l=3, dtype=dtype), functions(20, l=3, seed=1, dtype=dtype)

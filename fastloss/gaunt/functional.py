@@ -82,7 +82,8 @@ def gaunt_tensor_product(
 
     Memory:
         The inputs for the backward pass, and a scratch of some 40 (l1 + l2)² vectors of 64 bytes a thread (portable
-        backend: tiles of about 1 MiB a tensor, 64 MiB on a GPU; Triton: none). "fft" stores complex series of every function.
+        backend: tiles of about 1 MiB a tensor, 64 MiB on a GPU; Triton: none). "fft" stores complex series of every
+        function.
 
     Determinism:
         Each function is computed by one thread; results do not depend on the number of threads. "fft" as torch's

@@ -116,12 +116,12 @@ def _kernel(
     lanes = (lane - begin * channels).to(INDEX) + tl.arange(0, LANES)
     outer, channel = lanes // channels, lanes % channels
     exists = tl.arange(0, LANES) < tl.minimum(lane_count - lane, LANES).to(tl.int32)
-    sums = ()
+    sums: tl.tuple = ()
     for _ in tl.static_range(len(SUMS)):
         sums += (tl.zeros((LANES, _TILE), tl.float32),)
     for point in range(0, point_count, POINTS):
-        here = ()
-        opposite = ()
+        here: tl.tuple = ()
+        opposite: tl.tuple = ()
         for i in tl.static_range(len(IN_SIZES)):
             even = _values(
                 inputs[i], in_strides[i], IN_SIZES[i], places, harmonics, 0, point,
@@ -134,7 +134,7 @@ def _kernel(
             here += (even + odd,)
             opposite += (even - odd,)
         weight = tl.load(weights + point + tl.arange(0, POINTS))[None, :]
-        more = ()
+        more: tl.tuple = ()
         for o in tl.static_range(len(OUT_SIZES)):
             first = _combine(here, o, TERMS, LANES, POINTS) * weight
             second = _combine(opposite, o, TERMS, LANES, POINTS) * weight

@@ -41,15 +41,15 @@ def _weights(degree: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _in_all_rows(weights: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return weights.to(dtype).expand(shape).contiguous()
+def _in_all_rows(weights: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return weights.to(device, dtype).expand(shape).contiguous()
 
 
 def _weighted(product: Tensor, weights: Tensor | None = None) -> Weighted:
     """The loss, by default of the product's own coefficients."""
     if weights is None:
         weights = _weights(degree_of_size(product.shape[-1]))
-    return Weighted(product, _in_all_rows(weights, product.shape, product.dtype))
+    return Weighted(product, _in_all_rows(weights, product.shape, product.dtype, product.device))
 
 
 # ---------------------------------------------------------------- inputs
@@ -68,7 +68,7 @@ def inputs_of(degree: int, count: int, sizes: Sizes, dtype: torch.dtype, seed: i
 
 
 @cache
-def _grid(degree: int, total: int, back: bool, dtype: torch.dtype) -> Tensor:
+def _grid(degree: int, total: int, back: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Harmonics on the smallest exact grid, (coefficients, points), or with the weights of the quadrature."""
     nodes = total // 2 + 1
     x, weight = tables_of.gauss_legendre(nodes)
@@ -81,25 +81,25 @@ def _grid(degree: int, total: int, back: bool, dtype: torch.dtype) -> Tensor:
     table = reference.spherical_harmonics(points.flatten(0, 1), degree).T
     if back:
         table = table * (weight * 2 * math.pi / (total + 1)).repeat_interleave(total + 1)
-    return table.to(dtype).contiguous()
+    return table.to(device, dtype).contiguous()
 
 
 def _dense(*xs: Tensor) -> Weighted:
     """Matrix products to the values on a grid, their product, and one matrix product back."""
     degrees = [degree_of_size(x.shape[-1]) for x in xs]
-    out, dtype = sum(degrees), xs[0].dtype
-    values = [x @ _grid(degree, 2 * out, False, dtype) for x, degree in zip(xs, degrees, strict=True)]
+    out, where = sum(degrees), (xs[0].dtype, xs[0].device)
+    values = [x @ _grid(degree, 2 * out, False, *where) for x, degree in zip(xs, degrees, strict=True)]
     product = math.prod(values[1:], start=values[0])
-    return _weighted(product @ _grid(out, 2 * out, True, dtype).T)
+    return _weighted(product @ _grid(out, 2 * out, True, *where).T)
 
 
 def _chained(*xs: Tensor) -> Weighted:
     """Several bodies as products of two, each on a grid of its own."""
     product, degree = xs[0], MANY_DEGREE
     for x in xs[1:]:
-        out, dtype = degree + MANY_DEGREE, x.dtype
-        left, right = (_grid(d, 2 * out, False, dtype) for d in (degree, MANY_DEGREE))
-        product, degree = ((product @ left) * (x @ right)) @ _grid(out, 2 * out, True, dtype).T, out
+        out, where = degree + MANY_DEGREE, (x.dtype, x.device)
+        left, right = (_grid(d, 2 * out, False, *where) for d in (degree, MANY_DEGREE))
+        product, degree = ((product @ left) * (x @ right)) @ _grid(out, 2 * out, True, *where).T, out
     return _weighted(product)
 
 
@@ -149,7 +149,7 @@ def _e3nn(degree: int) -> Loss:
         for c in range(abs(a - b), a + b + 1, 2)
     ]
     module = o3.TensorProduct(irreps, irreps, out, paths, irrep_normalization="none", path_normalization="none")
-    return lambda x, y: _weighted(module(x, y))
+    return lambda x, y: _weighted(module.to(x.device)(x, y))
 
 
 def _e3nn_full(degree: int) -> Loss:
@@ -240,7 +240,7 @@ def _dense_fourier(degree: int) -> Loss:
 
 def _compiled(degree: int) -> Loss:
     # The tables are built outside: Dynamo ignores caches and would compile how they are made.
-    there, back = (_grid(n, 4 * degree, n > degree, torch.float32) for n in (degree, 2 * degree))
+    there, back = (_grid(n, 4 * degree, n > degree, torch.float32, torch.device("cpu")) for n in (degree, 2 * degree))
 
     @partial(torch.compile, fullgraph=True)
     def product(x: Tensor, y: Tensor) -> Tensor:

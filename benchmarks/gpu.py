@@ -20,7 +20,7 @@ import torch
 
 import fastloss
 
-from . import contrastive, sliced, spherical
+from . import contrastive, gaunt, sliced, spherical
 from .harness import (
     GIB,
     Case,
@@ -37,7 +37,12 @@ from .harness import (
 from .report import duration, size, write_atomically
 
 BUDGET = 400.0  # seconds; what would begin later is named as not measured
-SUITES: dict[str, Suite] = {"contrastive": contrastive.SUITE, "spherical": spherical.SUITE, "sliced": sliced.SUITE}
+SUITES: dict[str, Suite] = {
+    "contrastive": contrastive.SUITE,
+    "spherical": spherical.SUITE,
+    "sliced": sliced.SUITE,
+    "gaunt": gaunt.SUITE,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RIVALS = frozenset({"eager", "torch.compile"})
 # A rival that rounds its logits to 16 bits may miss a small loss by a third. Its error stands beside its time.
@@ -86,6 +91,18 @@ def _sliced(batch: int, rows: int, dim: int, slices: int) -> GpuCase:
     return GpuCase(replace(pattern, name=f"sliced-{batch}x{rows}x{dim}-{slices}", sizes=sizes))
 
 
+def _gaunt(degree: int, rows: int) -> GpuCase:
+    pattern = next(c for c in gaunt.CASES if c.name == f"gaunt-l{degree}")
+    case = replace(pattern, name=f"gaunt-l{degree}-{rows}", sizes={"rows": rows, "dim": 1})
+    inputs, output = 2 * (degree + 1) ** 2, (2 * degree + 1) ** 2
+    # Read and written forward; read and written backward.
+    return GpuCase(
+        case,
+        frozenset({"eager", "e3nn", "fastloss[portable]"}),
+        bytes=lambda s: 4.0 * s["rows"] * (3 * inputs + 2 * output),
+    )
+
+
 CASES: tuple[GpuCase, ...] = (
     _contrastive("clip_loss", 32_768, 1024, torch.bfloat16, rounds=10),
     _contrastive("clip_loss", 8192, 512, torch.bfloat16, ALL),
@@ -99,6 +116,8 @@ CASES: tuple[GpuCase, ...] = (
     _linear(2048, 50_257, 512),
     _sliced(16, 8192, 64, 512),
     _sliced(1, 50_000, 3, 256),
+    _gaunt(2, 100_000),
+    _gaunt(4, 100_000),
     _contrastive("clip_loss", 1_048_576, 512, torch.bfloat16, frozenset(), rounds=1),
 )
 
@@ -203,7 +222,7 @@ def providers(suite: Suite, item: GpuCase, device: torch.device) -> list[Provide
     others = [p for p in suite.providers if not p.name.startswith("fastloss")]
     portable = next(p for p in suite.providers if p.name == "fastloss[portable]")
     chosen = others if item.rivals is None else [p for p in others if p.name in item.rivals]
-    return [ours(suite, device), *chosen, *([portable] if item.rivals is None else [])]
+    return [ours(suite, device), *chosen, *([portable] if item.rivals is None or portable.name in item.rivals else [])]
 
 
 def tuning(device: torch.device) -> AbstractContextManager[object]:

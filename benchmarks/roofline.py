@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastloss.gaunt.tables import parities
+
 from .report import duration, size, write_atomically
 
 SHEET = Path(__file__).parent / "roofline.md"
@@ -18,6 +20,7 @@ PANEL_ROWS, PANEL_COLS, ACCUMULATOR_BYTES = 8192, 16384, 512 << 20
 # Of `fastloss.sliced.triton`: instructions a thread, which sorts 8 of 8192 numbers, as `make kernels` counts for sm_90.
 SORT_INSTRUCTIONS, PAIR_INSTRUCTIONS, NUMBERS_A_THREAD = 5928, 6352, 8
 ISSUES = 128  # instructions of threads a clock and multiprocessor: four schedulers, a warp each
+TILE = 16  # coefficients and points of `fastloss.gaunt.triton`
 EXPONENTIALS = 16  # a clock and multiprocessor: the CUDA C++ programming guide, throughput of arithmetic instructions
 
 
@@ -156,6 +159,23 @@ def sliced(batch: int, atoms: int, width: int, slices: int) -> Work:
     )  # fmt: skip
 
 
+def gaunt(degree: int, lanes: int) -> Work:
+    """Products of degrees L, L to 2 L, by dense transforms on half a grid."""
+    columns = {n: sum(-(-len(places) // TILE) * TILE for places in parities(n)) for n in (degree, 2 * degree)}
+    nodes, azimuths = 2 * degree + 1, 4 * degree + 1
+    points = -(-((nodes + 1) // 2 * azimuths) // TILE) * TILE
+    each, out = (degree + 1) ** 2, (2 * degree + 1) ** 2
+
+    def flops(count: int) -> float:
+        return 2.0 * lanes * points * (count * columns[degree] + columns[2 * degree])
+
+    forward, backward = 4.0 * lanes * (2 * each + out), 4.0 * lanes * (4 * each + out)
+    return Work(
+        f"Gaunt product of {lanes} pairs, L = {degree}", "float32", 132.0 * degree**3 * lanes, forward + backward,
+        (Phase("product", flops(2), bytes=forward), Phase("gradients", flops(4), bytes=backward)),
+    )  # fmt: skip
+
+
 WORKS = (
     contrastive(32_768, 1024, "bfloat16"),
     contrastive(8192, 512, "bfloat16"),
@@ -166,6 +186,8 @@ WORKS = (
     moments(4096, 50_257, "bfloat16"),
     moments(4096, 50_257, "float32"),
     sliced(16, 8192, 64, 512),
+    gaunt(2, 100_000),
+    gaunt(4, 100_000),
 )
 
 
@@ -191,7 +213,8 @@ def sheet() -> str:
         ),
         "",
         "The floor is what remains if arithmetic and memory overlap wholly: the larger of the flops (8MND for InfoNCE,",
-        "half of it for NT-Xent) at the peak of the products and of the inputs and gradients at that of memory.",
+        "half of it for NT-Xent, 132 L^3 a Gaunt product) at the peak of the products, and of the inputs and gradients",
+        "(of the Gaunt products, the products as well) at that of memory.",
         "Predicted is the time of the schedule: its phases one after the other, each at the larger of its arithmetic",
         "and bytes, with the exponentials of a tile beside the products of others (first share) or after its own",
         "(second). Both shares are of the floor. A product below the published peak, as every library's is, lowers the",

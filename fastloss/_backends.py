@@ -20,10 +20,10 @@ import torch  # first: its OpenMP runtime must be the one that fastloss._C binds
 
 __all__ = ["backend_of", "backends", "cuda_core", "implementation", "native_core", "use_backend"]
 
+FAMILIES = ("contrastive", "spherical", "gaunt", "sliced")
 PORTABLE, NATIVE, TRITON = "portable", "native", "triton"
 CUDA = "cuda"  # not a backend of its own: kernels in CUDA C++ that the Triton backend calls
 TRITON_VERSION = (3, 6)
-TRITON_FAMILIES = ("contrastive", "spherical", "sliced")  # the others run portable kernels beside it
 CAPABILITY = (8, 0)  # the first with matrix units for bfloat16
 HIP_CARDS = ("gfx90a", "gfx942", "gfx950")
 
@@ -99,7 +99,7 @@ def _triton_status() -> str:
     if tuple(int(part) for part in version.split(".")[:2]) < TRITON_VERSION:
         return f"not available: Triton is {version}, the kernels need {'.'.join(map(str, TRITON_VERSION))} or later"
     where = "interpreted on the CPU" if interpreted else "CUDA and ROCm devices"
-    return f"available (Triton {version}, {where}; {', '.join(TRITON_FAMILIES)}, the other families run portable)"
+    return f"available (Triton {version}, {where})"
 
 
 def _card_problem(index: int) -> str | None:
@@ -187,10 +187,6 @@ def implementation(family: str, device: torch.device) -> ModuleType:
         raise RuntimeError(f"use_backend: backend 'native' serves CPU tensors only, got a tensor on {device}")
     if name == TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"use_backend: backend 'triton' serves CUDA tensors only, got a tensor on {device}")
-    if name == TRITON and family not in TRITON_FAMILIES:
-        if _forced == TRITON:
-            raise RuntimeError(f"use_backend: the {family} ops have no Triton kernels")
-        name = PORTABLE
     return _module(family, name)
 
 

@@ -208,14 +208,14 @@ def size_class(*sizes: int) -> str:
 class Specimen:
     """A kernel as one architecture runs it, for the gates.
 
-    types: of the arguments that are not constants, in Triton's notation ("*bf16", "i32").
+    types: of the arguments that are not constants, in Triton's notation ("*bf16", "i32"), or tuples of them.
     aligned: names of those that are multiples of 16 in the case that must be fast.
     matrix: it must use the matrix units.
     """
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     config: Config
     aligned: frozenset[str] = frozenset()

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from fastloss._backends import TRITON_FAMILIES
+from fastloss._backends import FAMILIES
 from fastloss._triton import TARGETS, Resources, Specimen, resources, tuning
 
 __all__ = ["compile_all", "main", "table", "tuning"]
@@ -29,7 +29,7 @@ def compile_all(targets: Sequence[str], *, candidates: bool = False, processes: 
     jobs = [
         (family, target, candidates, index)
         for target in targets
-        for family in TRITON_FAMILIES
+        for family in FAMILIES
         for index in range(len(_specimens(family, target, candidates)))
     ]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

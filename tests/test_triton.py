@@ -37,12 +37,12 @@ def interpret(family: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, subprocess.CompletedProcess[str]]:
-    families = _backends.TRITON_FAMILIES
+    families = _backends.FAMILIES
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(families, pool.map(interpret, families), strict=True))
 
 
-@pytest.mark.parametrize("family", _backends.TRITON_FAMILIES)
+@pytest.mark.parametrize("family", _backends.FAMILIES)
 def test_values_under_the_interpreter(family: str, interpreted: dict[str, subprocess.CompletedProcess[str]]) -> None:
     run = interpreted[family]
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr
@@ -65,7 +65,7 @@ def test_kernels_fit_the_chip_and_use_its_matrix_units(chip: str, compiled: list
     assert [f"{r.specimen}: {', '.join(r.faults)}" for r in results if r.faults] == []
 
 
-@pytest.mark.parametrize("family", _backends.TRITON_FAMILIES)
+@pytest.mark.parametrize("family", _backends.FAMILIES)
 def test_kernels_take_sizes_of_one(family: str) -> None:
     from fastloss import _triton
 
@@ -109,7 +109,6 @@ class TestChoice:
         monkeypatch.setattr(_backends, "_triton_status", lambda: "available (Triton 3.6.0)")
         assert _backends.backend_of(torch.device("cuda:1")) == "triton"
         assert _backends.implementation("contrastive", torch.device("cuda")).__name__ == "fastloss.contrastive.triton"
-        assert _backends.implementation("gaunt", torch.device("cuda")).__name__ == "fastloss.gaunt.portable"
         assert _backends.backend_of(torch.device("mps")) == "portable"
 
     def test_otherwise_they_run_portable_after_one_warning(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,8 @@ def gaunt_tensor_product(
 
     Memory:
         The inputs for the backward pass, and a scratch of some 40 (l1 + l2)² vectors of 64 bytes a thread (portable
-        backend: tiles of about 1 MiB a tensor). "fft" stores complex series of every function.
+        backend: tiles of about 1 MiB a tensor, 64 MiB on a GPU; Triton: none). "fft" stores complex series of every
+        function.
 
     Determinism:
         Each function is computed by one thread; results do not depend on the number of threads. "fft" as torch's
@@ -301,7 +302,7 @@ def gaunt_convolution(
     filters = _harmonics(vectors.to(dtype), lf, True).to(_wide(x).dtype)
     filters = filters * norms(normalization, lf, filters)
     if weights is not None:
-        w = _wide(weights).index_select(-1, table("degree_index", [lf], x))
+        w = weights.to(filters.dtype).index_select(-1, table("degree_index", [lf], x))
         filters = (filters if w.dim() < 3 else filters.unsqueeze(1)) * w
     filters = filters * norms(normalization, lf, filters)
     if x.dim() == 3:

@@ -15,6 +15,7 @@ from fastloss.gaunt.program import Program, degree_of
 from fastloss.gaunt.tables import grid, sparse
 
 TILE_NUMBERS = 1 << 18  # of values on the grid, a tensor: 1 MiB in float32
+DEVICE_TILE_NUMBERS = 1 << 24  # beside the CPU: smaller tiles would take as long to launch as to compute
 
 
 def _ring(inputs: list[Tensor], program: Program, degrees: list[int], total: int) -> list[Tensor]:
@@ -70,7 +71,7 @@ def gaunt_ring_fwd(inputs: list[Tensor], program: Program, channels_last: bool, 
     out = [inputs[0].new_empty((lanes, (n + 1) ** 2)) for n in program.out_degrees]
     total = program.total(degrees)
     numbers = (max(degrees) + 1) ** 4 if direct else (total + 2) * (total + 1)
-    tile = max(1, TILE_NUMBERS // numbers)
+    tile = max(1, (TILE_NUMBERS if out[0].device.type == "cpu" else DEVICE_TILE_NUMBERS) // numbers)
     for begin in range(0, lanes, tile):
         tiles = [x[begin : begin + tile] for x in inputs]
         part = _direct(tiles, program, degrees) if direct else _ring(tiles, program, degrees, total)

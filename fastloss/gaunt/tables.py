@@ -11,7 +11,9 @@ from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from fastloss.gaunt.program import Program
 
@@ -20,13 +22,14 @@ Build = TypeVar("Build", bound=Callable[..., Any])
 
 
 def _table(build: Build) -> Build:
-    """Caches a builder, whose tensors must outlive the caller's inference mode."""
-    cached = lru_cache(maxsize=256)(build)
+    """Caches a builder, whose tensors must outlive the caller's modes, transforms and default device."""
 
+    @lru_cache(maxsize=256)
     @wraps(build)
     def table(*args: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return cached(*args)
+        # Inside torch.func.grad, torch.tensor makes wrappers of its level.
+        with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return build(*args)
 
     return cast(Build, table)
 
@@ -161,15 +164,60 @@ def grid(degree: int, total: int, back: bool, dtype: torch.dtype, device: torch.
     return Grid(gather.to(device), theta.to(device, dtype), azimuth.to(device, dtype))
 
 
+def _harmonics_on(g: Grid, degree: int) -> Tensor:
+    """((degree + 1)^2, points) of all harmonics, ring by ring."""
+    dense = torch.einsum("mlr,ma->mlra", g.legendre, g.azimuth).flatten(2)
+    out = torch.zeros((degree + 1) ** 2 + 1, dense.shape[-1], dtype=dense.dtype)
+    return out.index_put((g.gather.flatten(),), dense.flatten(0, 1))[:-1]
+
+
+class Antipodes(NamedTuple):
+    """Harmonics on one half of a grid, and all there is to know about the other: those of odd degree change sign there.
+
+    Rows and columns are padded with zeros. Rows of even degree come first, then those of odd degree, so that the
+    coefficients of a smaller degree are the first of either.
+    """
+
+    places: Tensor  # (rows,), int32: which coefficient a row belongs to, beyond all for none
+    odd: int  # the first row of odd degree
+    harmonics: Tensor  # (rows, points)
+    weights: Tensor  # (points,), of the quadrature
+
+
+def parities(degree: int) -> tuple[list[int], list[int]]:
+    """The places of the coefficients of even and of odd degrees."""
+    even, odd = ([n * n + n + m for n in range(k, degree + 1, 2) for m in range(-n, n + 1)] for k in (0, 1))
+    return even, odd
+
+
+@_table
+def antipodes(degree: int, total: int, rows: int, points: int, dtype: torch.dtype, device: torch.device) -> Antipodes:
+    """Exact for integrands of degree `total`; sizes are multiples of `rows` and `points`.
+
+    The southern rings are turned by half a circle, so that every point has its antipode for any number of azimuths.
+    """
+    _, weight = gauss_legendre(total // 2 + 1)
+    g = grid(degree, total, False, torch.float64, torch.device("cpu"))
+    values = _harmonics_on(g._replace(legendre=g.legendre[:, :, : len(weight)]), degree)
+    weights = weight.repeat_interleave(total + 1) * (2 * math.pi / (total + 1))
+    columns = -len(weights) % points
+
+    def padded(places: list[int]) -> tuple[Tensor, Tensor]:
+        more = -len(places) % rows
+        return F.pad(torch.tensor(places), (0, more), value=len(values)), F.pad(values[places], (0, columns, 0, more))
+
+    (even, above), (odd, below) = map(padded, parities(degree))
+    harmonics = torch.cat((above, below)).to(device, dtype).contiguous()
+    places = torch.cat((even, odd)).to(device, torch.int32)
+    return Antipodes(places, len(even), harmonics, F.pad(weights, (0, columns)).to(device, dtype))
+
+
 @_table
 def gaunt(l1: int, l2: int, l3: int) -> Tensor:
     """The Gaunt tensor ((l1 + 1)^2, (l2 + 1)^2, (l3 + 1)^2), float64, CPU: integrals of three harmonics on a grid."""
 
     def on_grid(degree: int, back: bool) -> Tensor:
-        g = grid(degree, l1 + l2 + l3, back, torch.float64, torch.device("cpu"))
-        dense = torch.einsum("mlr,ma->mlra", g.legendre, g.azimuth).flatten(2)
-        out = torch.zeros((degree + 1) ** 2 + 1, dense.shape[-1], dtype=torch.float64)
-        return out.index_put((g.gather.flatten(),), dense.flatten(0, 1))[:-1]
+        return _harmonics_on(grid(degree, l1 + l2 + l3, back, torch.float64, torch.device("cpu")), degree)
 
     y1, y2, y3 = on_grid(l1, False), on_grid(l2, False), on_grid(l3, True)
     tensor: Tensor = (y1[:, None] * y2) @ y3.T

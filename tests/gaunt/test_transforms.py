@@ -207,6 +207,24 @@ def test_tables_built_in_inference_mode_serve_training() -> None:
         fastloss.gaunt_tensor_product(leaf, y, 7, method=method, normalization="norm").sum().backward()
 
 
+def test_tables_built_inside_transforms_serve_compiled_graphs() -> None:
+    vectors = functions(4, l=2)[:, :3]
+    function = lambda v: fastloss.spherical_harmonics(v, 15, normalization="norm")  # noqa: E731 - a degree of its own
+    torch.func.grad(lambda v: function(v).sum())(vectors)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(vectors), function(vectors))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tables_are_not_built_on_the_default_device(method: str) -> None:
+    x, y = functions(2, l=3), functions(2, l=1)
+    with torch.device("meta"):  # degrees and normalization that no other test has tables of
+        got = fastloss.gaunt_tensor_product(x, y, 1, method=method, normalization="norm")
+        harmonics = fastloss.spherical_harmonics(x[:, :3], 14, normalization="norm")
+    assert torch.equal(got, fastloss.gaunt_tensor_product(x, y, 1, method=method, normalization="norm"))
+    assert torch.equal(harmonics, fastloss.spherical_harmonics(x[:, :3], 14, normalization="norm"))
+
+
 class TestModule:
     def test_equals_e3nn(self) -> None:
         irreps = "4x0e + 4x1o + 4x2e", "4x1o + 4x0e", "4x3o + 4x1o + 4x2e"

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastloss
 from fastloss import reference
 from fastloss._backends import native_core
+from fastloss.gaunt.tables import antipodes
 from fastloss.reference.gaunt import gaunt_block, wigner_3j
 from tests.support import assert_equal_to_rounding
 
@@ -232,6 +233,18 @@ def test_product_is_pointwise() -> None:
     z = fastloss.gaunt_tensor_product(x, y)
     values = [fastloss.spherical_harmonics(points, math.isqrt(len(c)) - 1) @ c for c in (x, y, z)]
     assert_equal_to_rounding(values[0] * values[1], values[2], terms=64 * 4)
+
+
+@pytest.mark.parametrize("degree", range(6))
+def test_harmonics_on_half_a_grid_are_orthonormal(degree: int) -> None:
+    """The other half, of antipodes, doubles products of two even or two odd degrees and cancels all others."""
+    half = antipodes(degree, 2 * degree, 8, 4, F64, torch.device("cpu"))
+    kept = half.places < (degree + 1) ** 2
+    assert half.places[kept].sort().values.tolist() == list(range((degree + 1) ** 2))
+    for rows in (slice(0, half.odd), slice(half.odd, None)):
+        y = half.harmonics[rows]
+        gram = 2 * (y * half.weights) @ y.T
+        assert_equal_to_rounding(gram, torch.diag(kept[rows].to(F64)), terms=len(half.weights))
 
 
 def test_equivariance() -> None:

@@ -256,14 +256,15 @@ def _run(
 def specimens(target: str, candidates: bool) -> list[Specimen]:
     """Products and their derivatives at the degrees of models in use; with `candidates`, in all that tuning tries."""
     product = Program((8,), ((Term(1, (0, 1)),),))
-    gradient = product.gradient((0, 1), (4, 4), (0,), 2)
+    gradient = product.gradient((True,) * 2, (25, 25), (True,))
+    second = gradient.gradient((True,) * 3, (25, 25, 81), (True,) * 2)
     bodies = Program((12,), ((Term(1, (0, 1, 2, 3)),),))
     cases = {
         "product L = 4": ((4, 4), product, False),
         "product L = 4 channels last": ((4, 4), product, True),
         "product L = 4 gradient": ((4, 4, 8), gradient, False),
-        "product L = 4 second gradient": ((4, 4, 8, 4, 4), gradient.gradient((0, 1, 2), (4, 4, 8), (0, 1), 3), False),
-        "4 bodies L = 3 gradient": ((3, 3, 3, 3, 12), bodies.gradient((0, 1, 2, 3), (3,) * 4, (0,), 4), False),
+        "product L = 4 second gradient": ((4, 4, 8, 4, 4), second, False),
+        "4 bodies L = 3 gradient": ((3, 3, 3, 3, 12), bodies.gradient((True,) * 4, (16,) * 4, (True,)), False),
     }
     extra = {f" candidate {i}": config for i, config in enumerate(_CANDIDATES)} if candidates else {}
     return [

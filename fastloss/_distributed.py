@@ -32,7 +32,7 @@ SCHEDULES = ("auto", "all-gather", "ring")
 # Gathered rows are held for the backward pass, where the ring has to send them again: two thirds of the ring's bytes.
 # If only one block is to be visited, the ring holds it, and gathering has no advantage left.
 GATHER_BYTES = 64 << 20
-HEADER = 24  # numbers that the ranks show each other before any work
+HEADER = 32  # numbers that the ranks show each other before any work
 _AGREED, _REFUSED = 0.0, 1.0
 _ONE_SCALE, _EITHER, _ROW_SCALES = 0.0, 1.0, 2.0
 
@@ -113,6 +113,8 @@ def agree(
     One small all-gather. `x` is the rank's block of rows, `scale` None, () or (rows,); `needs` says which tensors need
     a gradient; `same` has what must be equal on all ranks, by the words for it.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{function}: with a group of processes it does not work under torch.func's transforms")
     size = dist.get_world_size(group)
     if size == 1:
         return None
@@ -128,20 +130,14 @@ def agree(
     if scale is not None:
         kind = _ROW_SCALES if scale.dim() else _EITHER if len(x) == 1 else _ONE_SCALE
         value = float(scale.detach()) if scale.dim() == 0 and scale.device.type == "cpu" else 0.0
-    header = [_AGREED, zlib.crc32(function.encode()), len(x), kind, value, *(_code(v) for v in same.values())]
-    table = _show(group, header)
-    for rank, shown in enumerate(table):
-        if shown[0] == _REFUSED:
-            raise RuntimeError(f"{function}: rank {rank} of `group` refused its arguments; its own error says why")
+    table = exchange(function, group, [len(x), kind, value, *(_code(v) for v in same.values())])
 
     def differ(what: str, got: Sequence[str]) -> ValueError:
         shown = ", ".join(got)
         return ValueError(f"{function}: {what} must be the same on all ranks of `group`, got {shown} (rank by rank)")
 
-    _, functions, rows, kinds, values, *columns = zip(*table, strict=True)
-    if len(set(functions)) > 1:
-        raise ValueError(f"{function}: all ranks of `group` must call the same function, some called another")
-    for (what, mine), codes in zip(same.items(), columns, strict=False):
+    rows, kinds, values, *columns = zip(*table, strict=True)
+    for (what, mine), codes in zip(same.items(), columns, strict=True):
         if len(set(codes)) > 1:
             raise differ(what, [_text(mine, code) for code in codes])
     row_scales = _ROW_SCALES in kinds
@@ -163,6 +159,17 @@ def announced(function: str, group: Any, check: Callable[..., T], *args: Any) ->
         if dist.get_world_size(group) > 1:
             _show(group, [_REFUSED, zlib.crc32(function.encode())])
         raise
+
+
+def exchange(function: str, group: Any, numbers: Sequence[float]) -> list[list[float]]:
+    """These numbers of all ranks, which call the same function and have not refused their arguments (`announced`)."""
+    table = _show(group, [_AGREED, zlib.crc32(function.encode()), *numbers])
+    for rank, shown in enumerate(table):
+        if shown[0] == _REFUSED:
+            raise RuntimeError(f"{function}: rank {rank} of `group` refused its arguments; its own error says why")
+    if len({shown[1] for shown in table}) > 1:
+        raise ValueError(f"{function}: all ranks of `group` must call the same function, some called another")
+    return [shown[2 : 2 + len(numbers)] for shown in table]
 
 
 def _show(group: Any, header: list[float]) -> list[list[float]]:
@@ -192,7 +199,7 @@ def _text(value: Any, code: float) -> str:
         return str(bool(code))
     if isinstance(value, str):
         return repr(value) if code == _code(value) else "another"
-    return str(int(code))
+    return f"{code:.17g}"
 
 
 class _Total(torch.autograd.Function):
@@ -204,6 +211,16 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, once("contrastive", all_sum, ctx.group, grad)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: Any, x: Tensor) -> Tensor:
+        return all_sum(group, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 class _Replicated(torch.autograd.Function):
@@ -228,6 +245,13 @@ def all_sum(group: Any, x: Tensor) -> Tensor:
 def total(world: World, x: Tensor) -> Tensor:
     """The sum of x over the ranks, on every rank."""
     result: Tensor = _Total.apply(world.group, x)
+    return result
+
+
+@eager
+def sum_of_parts(group: Any, x: Tensor) -> Tensor:
+    """The sum of x over the ranks, which all do the same with it: the gradient of a rank's part is that of the sum."""
+    result: Tensor = _Parts.apply(group, x)
     return result
 
 

@@ -288,7 +288,7 @@ def linear_arguments() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def run_linear(function: Any, same: dict[str, Tensor], split: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     tensors = {name: x.clone() for name, x in {**same, **split}.items()}
-    leaves = {name: tensors[name].requires_grad_() for name in ("hidden", "sample_weight", "weight", "bias")}
+    leaves = {name: tensors[name].requires_grad_() for name in ("hidden", "sample_weight", *split)}
     loss = function(**tensors, **options)
     (1.7 * loss).backward()
     return {"loss": loss.detach(), **{name: x.grad for name, x in leaves.items() if x.grad is not None}}
@@ -361,12 +361,48 @@ def split_classes(group: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: run_linear(getattr(fastloss, name), same, mine, class_group=group) for name in LINEAR
     }
-    for name, change in (("range", {"target": torch.full((9,), 12)}), ("odd", {"bias": None} if rank == 1 else {})):
+    changes: dict[str, dict[str, Any]] = {
+        "range": {"target": torch.full((9,), 12)},
+        "odd": {"bias": None},
+        "one range": {"target": torch.full((9,), 12)},
+        "margin": {"b": 2.0},
+        "sharpness": {"a": -1.0},
+    }
+    for name, change in changes.items():
+        change = change if rank == 1 or name == "range" else {}
         try:
             fastloss.linear_z_loss(**{**same, **mine, **change}, class_group=group)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             found[name] = str(error)
-    return found
+    return found | refusals_of_layers(group, rank)
+
+
+def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
+    """Errors of one rank's arguments, after each of which the next call works."""
+    odd = rank == 1
+    split, whole = fastloss.FactoredOutput(D, 10, class_group=group), fastloss.FactoredOutput(D, 10)
+    hidden, target = torch.ones(3, D), torch.tensor([1, 2, 3])
+    calls: dict[str, Any] = {
+        "width": lambda: split(hidden[:, : D - odd], target),
+        "class": lambda: split(hidden, target + 10 * odd),
+        "split lr": lambda: split.step(0.1 + odd),
+        "lr": lambda: whole.step(-1.0 if odd else 0.1, group=group),
+        "transform": lambda: torch.func.grad(lambda x: fastloss.clip_loss(x, x, 1.0, group=group))(hidden),
+    }
+    heard = {}
+    for layer in (split, whole):
+        layer(hidden, target).backward()
+        layer.zero_grad()
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            heard[f"layer {name}"] = str(error)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole.zero_grad()
+    whole(hidden, target).backward()
+    whole.step(0.1, group=mesh)
+    return heard
 
 
 def with_modules(rank: int) -> dict[str, Any]:
@@ -690,15 +726,28 @@ def test_ranks_that_split_the_classes_find_what_one_process_finds(
         part = found["classes"][name]
         assert set(part) == set(truth)
         for key, expected in truth.items():
-            mine = own_of_classes(rank, expected) if key in ("weight", "bias") else expected
+            mine = own_of_classes(rank, expected) if key in linear_arguments()[1] else expected
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(part[key], mine, rtol=0, atol=1e-12 * scale)
 
 
 def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    for found in ranks[1]:
-        assert "`target` must hold classes 0 to 11, or `ignore_index`, got 12" in found["classes"]["range"]
-        assert "whether `bias` is given must be the same on all ranks" in found["classes"]["odd"]
+    refused = "rank 1 of `group` refused its arguments"
+    messages = {
+        "range": ("`target` must hold classes 0 to 11, or `ignore_index`, got 12",) * 2,
+        "odd": ("whether `bias` is given must be the same on all ranks",) * 2,
+        "one range": ("target` must be the same on all ranks",) * 2,
+        "margin": ("`b` must be the same on all ranks of `group`, got 0, 2, 0, 0",) * 2,
+        "sharpness": (refused, "`a` must be finite and greater than 0"),
+        "layer width": (refused, "`hidden` must have size 6"),
+        "layer class": (refused, "`target` must be in [0, 10)"),
+        "layer split lr": ("`lr` must be the same on all ranks",) * 2,
+        "layer lr": (refused, "`lr` must be finite and at least 0"),
+        "layer transform": ("does not work under torch.func's transforms",) * 2,
+    }
+    for rank, found in enumerate(ranks[1]):
+        for name, message in messages.items():
+            assert message[rank == 1] in found["classes"][name], name
 
 
 @pytest.mark.parametrize(("problem", "schedule"), PROBLEMS, ids=str)

@@ -120,6 +120,10 @@ def info_nce(
         temperature is, on every rank, that of one process, averaged again or not. Without either of them, average the
         gradients of the model over the ranks.
 
+        Losses and their backward passes come in the same order on all ranks. A rank without rows passes tensors that
+        require gradients as those of the others do. With one row on every rank, a temperature of one element is one for
+        all rows. The transforms of ``torch.func`` do not work with `group`, and raise.
+
         A queue that is the same on all ranks, as `extra_negatives`, is what it is in one process; negatives of a rank's
         own are seen by its queries alone. A 0-dim temperature must be the same on all ranks.
 

@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._distributed import World, all_sum, eager
+from fastloss._distributed import World, all_sum, eager, sum_of_parts
 from fastloss._ops import once
 from fastloss.spherical.ops import check_classes, linear_moments
+
+
+def range_of(target: Tensor) -> dict[str, Any]:
+    """What ranks compare before any work, so that a class that is not there is an error on all of them."""
+    low, high = torch.aminmax(target) if target.numel() else (0, 0)
+    return {"the smallest `target`": int(low), "the largest `target`": int(high)}
 
 
 @eager
@@ -39,7 +45,7 @@ def split_linear_moments(
 def split_class_weight(world: World, class_weight: Tensor, target: Tensor) -> Tensor:
     """(B,), the weights of the targets' classes; class_weight is (C_r,)."""
     mine, local = world.own(target)
-    return all_sum(world.group, torch.where(mine, class_weight.detach()[local], 0))
+    return sum_of_parts(world.group, torch.where(mine, class_weight[local], 0))
 
 
 class _Copied(torch.autograd.Function):

@@ -8,6 +8,7 @@ and sums of squares as sums of two squares, so nothing cancels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from fastloss._checks import (
 )
 from fastloss._distributed import World, agree, announced
 from fastloss._ops import needs_grad
-from fastloss.spherical.distributed import split_class_weight, split_linear_moments
+from fastloss.spherical.distributed import range_of, split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
 from fastloss.spherical.tiles import accumulation_dtype
 
@@ -160,7 +161,7 @@ def spherical_softmax_loss(
         tensor(0.4055)
     """
     name = "spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0, dtype=_dtype(logits))
+    _check_eps(name, eps, _dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_spherical(rows, eps), reduction)
 
@@ -357,10 +358,12 @@ def linear_z_loss(
         tensor(0.1629)
     """
     name = "linear_z_loss"
-    check_z(name, a, b, eps, _dtype(hidden, weight, bias))
+    class_group = check_group(name, class_group)
+    announced(name, class_group, check_z, name, a, b, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(
-        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
-    )
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group,
+        {"`a`": a, "`b`": b, "`eps`": eps},
+    )  # fmt: skip
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
 
@@ -421,10 +424,12 @@ def linear_spherical_softmax_loss(
         tensor(0.2231)
     """
     name = "linear_spherical_softmax_loss"
-    check_number(name, "eps", eps, above=0, dtype=_dtype(hidden, weight, bias))
+    class_group = check_group(name, class_group)
+    announced(name, class_group, _check_eps, name, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(
-        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group
-    )
+        name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group,
+        {"`eps`": eps},
+    )  # fmt: skip
     return rows.reduce(_spherical(rows, eps), reduction)
 
 
@@ -555,6 +560,10 @@ def check_z(function: str, a: Any, b: Any, eps: Any, dtype: torch.dtype) -> None
     check_number(function, "eps", eps, least=0, dtype=dtype)
 
 
+def _check_eps(function: str, eps: Any, dtype: torch.dtype) -> None:
+    check_number(function, "eps", eps, above=0, dtype=dtype)
+
+
 def _dtype(*inputs: Any) -> torch.dtype:
     """Of the statistics; what is no tensor is refused later."""
     return accumulation_dtype(*(x for x in inputs if isinstance(x, Tensor)))
@@ -624,6 +633,7 @@ def _linear_rows(
     ignore_index: int,
     reduction: str,
     class_group: Any,
+    options: Mapping[str, float] | None = None,
 ) -> _Rows:
     class_group = check_group(name, class_group)
     target = announced(
@@ -638,6 +648,9 @@ def _linear_rows(
             "`reduction`": reduction,
             "whether `bias` is given": bias is not None,
             "whether `class_weight` is given": class_weight is not None,
+            "`ignore_index`": ignore_index,
+            **range_of(target),
+            **(options or {}),
         }
         world = agree(name, class_group, weight, None, needs_grad(hidden, weight, bias), "auto", facts)
     if world is None:

@@ -21,8 +21,9 @@ from fastloss._checks import (
     check_number,
     check_size,
 )
-from fastloss._distributed import World, agree, all_sum
+from fastloss._distributed import World, agree, all_sum, announced, exchange
 from fastloss.spherical import dense, factored
+from fastloss.spherical.distributed import range_of
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
 
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -138,8 +139,8 @@ class FactoredOutput(nn.Module):
         With `class_group` each rank holds V for classes of its own, in the order of the ranks, and the (D, D) matrices
         that all ranks share and keep the same by the same steps: on processors that round alike. Hidden states, targets
         and weights are the same on all ranks, targets and `class_weight` of all classes. A forward pass sums the rows
-        of the targets over the ranks, (B, K, D) numbers; nothing else is sent in a step. Loss, gradient to hidden and
-        step are those of one process. ``group=`` of a step is another group, of data.
+        of the targets over the ranks, (B, K, D) numbers; a step sends a few numbers, since ranks compare its options.
+        Loss, gradient to hidden and step are those of one process. ``group=`` of a step is another group, of data.
 
     Autocast and compilation:
         In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
@@ -378,7 +379,48 @@ class FactoredOutput(nn.Module):
                 shape.
             RuntimeError: a second forward before a step without `accumulate`.
         """
-        name = "FactoredOutput"
+        name, training = "FactoredOutput", torch.is_grad_enabled()
+        group = None if self._split is None else self._split.group
+        inputs, target, ignored, target_weight, row_weight = announced(
+            name, group, self._arguments, name, hidden, target, target_weight, class_weight, sample_weight
+        )
+        count, weighted = target.shape[1], target_weight is not None
+        if self._split is not None:
+            facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training, **range_of(target)}
+            agree(name, group, self.v, None, (), "auto", facts)
+        if training and self._open and not self.accumulate:
+            raise RuntimeError(
+                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
+                "accumulate=True adds their gradients, torch.no_grad() keeps none"
+            )
+        if ignored is not None:
+            ignored = ignored.reshape(len(hidden), count)
+            rows = ignored.all(1)
+            inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
+            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
+            row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
+        if training and not inputs.requires_grad:
+            inputs = inputs.detach().requires_grad_()
+        weights = [w for w in (target_weight, row_weight) if w is not None]
+        with torch.autocast(inputs.device.type, enabled=False):
+            if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
+                share = self._share(len(hidden), target_weight, row_weight)
+                loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
+                loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
+            else:
+                t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
+                losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+                if ignored is not None:
+                    losses = losses.masked_fill(rows, 0)
+                loss = losses.mean() if row_weight is None else (losses * row_weight).sum() / row_weight.sum()
+        self._open += training
+        return loss
+
+    def _arguments(
+        self, name: str, hidden: Tensor, target: Tensor, target_weight: Tensor | None, class_weight: Tensor | None,
+        sample_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Checked: hidden, targets (B, K), which of them are ignored, weights of targets and of rows."""
         inputs = self._hidden(name, hidden)
         several = isinstance(target, Tensor) and target.dim() == 2
         count = target.shape[1] if several else 1
@@ -395,39 +437,8 @@ class FactoredOutput(nn.Module):
                 )
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
-        weighted = target_weight is not None
         row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
-        training = torch.is_grad_enabled()
-        if training and self._open and not self.accumulate:
-            raise RuntimeError(
-                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
-                "accumulate=True adds their gradients, torch.no_grad() keeps none"
-            )
-        if ignored is not None:
-            ignored = ignored.reshape(len(hidden), count)
-            rows = ignored.all(1)
-            inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
-            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
-            row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
-        if training and not inputs.requires_grad:
-            inputs = inputs.detach().requires_grad_()
-        weights = [w for w in (target_weight, row_weight) if w is not None]
-        if self._split is not None:
-            facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training}
-            agree(name, self._split.group, self.v, None, (), "auto", facts)
-        with torch.autocast(inputs.device.type, enabled=False):
-            if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
-                share = self._share(len(hidden), target_weight, row_weight)
-                loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
-                loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
-            else:
-                t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
-                losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
-                if ignored is not None:
-                    losses = losses.masked_fill(rows, 0)
-                loss = losses.mean() if row_weight is None else (losses * row_weight).sum() / row_weight.sum()
-        self._open += training
-        return loss
+        return inputs, target, ignored, target_weight, row_weight
 
     def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Checked, with class 0 for ignored ones; and where these are, None for nowhere."""
@@ -530,12 +541,14 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        check_number(name, "lr", lr, least=0)
-        check_number(name, "weight_decay", weight_decay, least=0)
-        self._check_dtype(name)
+        announced(name, group, self._check_step, name, lr, weight_decay)
         grads = _joined(self._pending) if self._pending else None
         if group is not None:
             grads = _gathered(grads, self.v, (lr, weight_decay), group)
+        if self._split is not None:
+            announced(name, self._split.group, self._check_step, name, lr, weight_decay)
+            facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
+            agree(name, self._split.group, self.v, None, (), "auto", facts)
         if grads is None:
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
@@ -552,10 +565,15 @@ class FactoredOutput(nn.Module):
                 raise RuntimeError(f"{name}: the step is not finite; zero_grad() discards it") from None
             raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it") from None
 
+    def _check_step(self, name: str, lr: float, weight_decay: float) -> None:
+        check_number(name, "lr", lr, least=0)
+        check_number(name, "weight_decay", weight_decay, least=0)
+        self._check_dtype(name)
+
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:
         """The SGD step on weight and bias with the gradients since the last step; with `group`, of all its ranks."""
-        plan = self._plan(lr, weight_decay, group)
+        plan = self._plan(lr, weight_decay, check_group("FactoredOutput.step", group))
         if plan is None:
             raise RuntimeError("FactoredOutput.step: no gradient; call forward and backward first")
         self._commit(plan)
@@ -693,8 +711,6 @@ def _gathered(
 ) -> factored.Gradients | None:
     """The gradients of all ranks, averaged as DistributedDataParallel does, in the order of the ranks."""
     name = "FactoredOutput.step"
-    if not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
-        raise TypeError(f"{name}: `group` must be None or a process group, got {type(group).__name__}")
     world = distributed.get_world_size(group)
     width = like.shape[1]
     if grads is None:
@@ -703,13 +719,11 @@ def _gathered(
             empty, torch.empty(0, 1, dtype=torch.int64, device=like.device), like.new_empty(0, 1),
             like.new_empty(0), like.new_empty(0), empty, empty,
         )  # fmt: skip
-    sizes = torch.tensor([*grads.target.shape, *options], dtype=torch.float64, device=like.device)
-    shown = [torch.empty_like(sizes) for _ in range(world)]
-    distributed.all_gather(shown, sizes, group=group)
-    table = torch.stack(shown)
-    if not bool((table[:, 2:] == table[0, 2:]).all()):
-        raise ValueError(f"{name}: `lr` and `weight_decay` must be the same on all ranks, got {table[:, 2:].tolist()}")
-    counts, most = table[:, 0].long().tolist(), int(table[:, 1].max())
+    table = exchange(name, group, [*grads.target.shape, *options])
+    shown = [numbers[2:] for numbers in table]
+    if any(numbers != shown[0] for numbers in shown):
+        raise ValueError(f"{name}: `lr` and `weight_decay` must be the same on all ranks, got {shown}")
+    counts, most = [int(numbers[0]) for numbers in table], int(max(numbers[1] for numbers in table))
     if not sum(counts):
         return None
     grads = _padded(grads, most)
@@ -747,7 +761,7 @@ class FactoredSGD(torch.optim.Optimizer):
             Each layer is a parameter group; learning-rate schedulers work as with any optimizer.
         lr: float >= 0.
         weight_decay: float >= 0.
-        group: a ``torch.distributed`` process group, see :class:`fastloss.FactoredOutput`.
+        group: a ``torch.distributed`` process group or a mesh of one dimension, see :class:`fastloss.FactoredOutput`.
 
     Raises:
         TypeError: a layer of another class.
@@ -774,7 +788,7 @@ class FactoredSGD(torch.optim.Optimizer):
         group: Any = None,
     ) -> None:
         name = "FactoredSGD"
-        self._group = group
+        self._group = check_group(name, group)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         self._layers: list[FactoredOutput] = []
         groups: list[dict[str, Any]] = []

@@ -138,8 +138,6 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
     small = torch.mm(half, hidden.T, out=take("small", n, n))
     kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, len(state.v))
     full.addmm_(small, hidden)
-    if not math.isfinite(float(full.sum()) + float(grads.g_mean.sum()) * lr):
-        raise OverflowError
     change = torch.mm(hidden.T, full, out=take("change", width, width))
 
     inverse = None
@@ -154,11 +152,13 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
         m = hidden.T @ scaled
         m.diagonal().add_(shrink)
         inverse, info = torch.linalg.solve_ex(m, state.inverse)
-        exists = int(info) == 0
+        exists = info == 0
         solution = hidden @ inverse
         u_change = state.u @ m
-    growth = kernels.factored_growth(solution, hidden) if exists and shrink != 0 else math.inf
-    tame = growth <= limit  # false for NaN
+    finite, growth = kernels.factored_verdict(full, grads.g_mean, lr, exists, solution, hidden)
+    if not finite:
+        raise OverflowError
+    tame = shrink != 0 and growth <= limit  # false for NaN
     if not tame and not bool((u_change.sum() + scaled.sum()).isfinite()):
         raise OverflowError
     return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame)

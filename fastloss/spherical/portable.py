@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -88,7 +90,7 @@ def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: floa
     x.add_(same, alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
 
 
-def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool | Tensor]:
     """(shrink I + x D)^-1, and whether it exists. x is lost."""
     x.mul_(-2 * lr * g_v).diagonal().add_(shrink)
     inverse, info = torch.linalg.inv_ex(x)
@@ -101,6 +103,20 @@ def factored_growth(solution: Tensor, hidden: Tensor) -> float:
         return 0.0
     size = torch.linalg.vector_norm(hidden, dim=1)
     return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
+
+
+def factored_verdict(
+    full: Tensor,
+    g_mean: Tensor,
+    lr: float,
+    exists: bool | Tensor,
+    solution: Tensor,
+    hidden: Tensor,
+    growth: Callable[[Tensor, Tensor], float] = factored_growth,
+) -> tuple[bool, float]:
+    """Whether the sum of full and lr g_mean is finite; the growth of `solution`, infinite if it does not exist."""
+    finite = math.isfinite(float(full.sum()) + float(g_mean.sum()) * lr)
+    return finite, growth(solution, hidden) if finite and exists else math.inf
 
 
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:

@@ -151,25 +151,20 @@ def _statistics_kernel(
     """A program for each target of each row, and one a row for what has no target."""
     row = (tl.program_id(0) // (targets + 1)).to(tl.int64)
     k = tl.program_id(0) % (targets + 1)
+    last = k == targets
+    other = tl.where(last, product + row * width, entries + (row * targets + k) * width)
     cols = tl.arange(0, BLOCK)
-    one = tl.zeros((BLOCK,), tl.float32)
-    other = tl.zeros((BLOCK,), tl.float32)
-    if k < targets:
-        pair = row * targets + k
-        for start in range(0, width, BLOCK):
-            at = start + cols
-            h = tl.load(hidden + row * width + at, mask=at < width, other=0.0)
-            one += h * tl.load(entries + pair * width + at, mask=at < width, other=0.0)
-        tl.store(t_out + pair, tl.sum(one))
-    else:
-        for start in range(0, width, BLOCK):
-            at = start + cols
-            h = tl.load(hidden + row * width + at, mask=at < width, other=0.0)
-            one += h * tl.load(product + row * width + at, mask=at < width, other=0.0)
-            other += h * tl.load(mean + at, mask=at < width, other=0.0)
-        square = tl.sum(one)
-        tl.store(square_out + row, tl.where(square < 0, 0.0, square))  # NaN stays
-        tl.store(center_out + row, tl.sum(other))
+    dot = tl.zeros((BLOCK,), tl.float32)
+    center = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + cols
+        h = tl.load(hidden + row * width + at, mask=at < width, other=0.0)
+        dot += h * tl.load(other + at, mask=at < width, other=0.0)
+        center += h * tl.load(mean + at, mask=at < width, other=0.0)
+    found = tl.sum(dot)
+    tl.store(t_out + row * targets + k, found, mask=k < targets)
+    tl.store(square_out + row, tl.where(found < 0, 0.0, found), mask=last)  # NaN stays
+    tl.store(center_out + row, tl.sum(center), mask=last)
 
 
 @triton.jit

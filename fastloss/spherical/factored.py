@@ -80,6 +80,12 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
     return *_kernels(state).factored_statistics(rows, product, hidden, state.mean), rows, product
 
 
+def losses(t: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See `portable.factored_losses`."""
+    found: tuple[Tensor, ...] = implementation("spherical", t.device).factored_losses(t, *arguments)
+    return found
+
+
 def gradient(
     state: State, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,9 @@ def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Ten
     return t, square, center
 
 
+factored_losses = portable.factored_losses
+
+
 def factored_gradient(
     rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.spherical import tiles
@@ -52,6 +53,41 @@ def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Ten
     """rows . hidden (B, K), product . hidden (B,), not below 0, and hidden . mean (B,)."""
     square = torch.linalg.vecdot(product, hidden).clamp_(min=0)
     return torch.linalg.vecdot(rows, hidden[:, None]), square, hidden @ mean
+
+
+def factored_losses(
+    t: Tensor, v: Tensor, mean: Tensor, share: Tensor | float, kind: str, classes: int, a: float, b: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses (B, K) times `share`, and its derivatives by t (B, K), v (B,) and mean (B,)."""
+    loss, *derivatives = _closed_form(t, v[:, None], mean[:, None], kind, classes, a, b, eps)
+    d_t, d_v, d_mean = (share * d for d in derivatives)
+    return (loss * share).sum(), d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
+
+
+def _closed_form(
+    t: Tensor, v: Tensor, mean: Tensor, kind: str, classes: int, a: float, b: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `functional._z` and others."""
+    if kind == "z":
+        v = v.masked_fill(v.isinf(), torch.nan)
+        flat = v == 0
+        deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
+        scale = (deviation + eps).reciprocal_().masked_fill_(flat, 0)
+        z = t * scale
+        loss = F.softplus(b - z, beta=a, threshold=40)
+        d_t = torch.sigmoid(a * (b - z)).mul_(scale).neg_()
+        d_v = (d_t * z).div_(deviation * (-2 * classes))
+        return loss, d_t, d_v, torch.zeros_like(mean)
+    if kind == "mse":
+        loss = v + classes * mean.square() - 2 * (t + mean) + 1
+        return loss, torch.full_like(t, -2), torch.ones_like(v), 2 * classes * mean - 2
+    # log of a total less the log of the target's share, squares of o + shift each
+    shift, plus = (0.0, eps) if kind == "spherical" else (1.0, 1.0)
+    center, entry = mean + shift, t + mean + shift
+    total, score = v + classes * (center.square() + plus), entry.square() + plus
+    d_t = -2 * entry / score
+    d_v = total.reciprocal()
+    return total.log() - score.log(), d_t, d_v, 2 * classes * center * d_v + d_t
 
 
 def factored_gradient(

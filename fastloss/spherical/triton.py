@@ -168,6 +168,67 @@ def _statistics_kernel(
 
 
 @triton.jit
+def _log1p(x):
+    """Of x in [0, 1], to its last digits: the rounding of 1 + x is in both factors."""
+    y = 1 + x
+    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _losses_kernel(
+    t, v, mean, share, loss_out, t_out, v_out, mean_out, even_share, classes, a, b, eps,
+    rows, targets, share_row_stride, share_col_stride, KIND: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`portable._closed_form` times `share`, or `even_share`; loss_out holds a sum for each row."""
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    exists = row < rows
+    square = tl.load(v + row, mask=exists, other=1.0)
+    middle = tl.load(mean + row, mask=exists, other=0.0)
+    loss_sum = tl.zeros((BLOCK,), tl.float32)
+    v_sum = tl.zeros((BLOCK,), tl.float32)
+    mean_sum = tl.zeros((BLOCK,), tl.float32)
+    for k in range(targets):
+        x = tl.load(t + row * targets + k, mask=exists, other=0.0)
+        if KIND == "z":
+            flat = square == 0
+            deviation = tl.sqrt(tl.where(flat, 1.0, tl.where(square == float("inf"), float("nan"), square)) / classes)
+            scale = tl.where(flat, 0.0, 1 / (deviation + eps))
+            z = x * scale
+            y = a * (b - z)
+            small = tl.exp(tl.where(y > 0, -y, y))
+            loss = (tl.where(y > 0, y, 0.0) + _log1p(small)) / a
+            d_t = -scale * tl.where(y > 0, 1.0, small) / (1 + small)
+            d_v = d_t * z / (deviation * (-2 * classes))
+            d_mean = tl.zeros((BLOCK,), tl.float32)
+        elif KIND == "mse":
+            loss = square + classes * (middle * middle) - 2 * (x + middle) + 1
+            d_t = tl.full((BLOCK,), -2.0, tl.float32)
+            d_v = tl.full((BLOCK,), 1.0, tl.float32)
+            d_mean = 2 * classes * middle - 2
+        else:
+            shift = 0.0 if KIND == "spherical" else 1.0
+            plus = eps if KIND == "spherical" else 1.0
+            center = middle + shift
+            entry = x + middle + shift
+            total = square + classes * (center * center + plus)
+            score = entry * entry + plus
+            loss = tl.log(total) - tl.log(score)
+            d_t = -2 * entry / score
+            d_v = 1 / total
+            d_mean = 2 * classes * center * d_v + d_t
+        weight = even_share
+        if WEIGHTED:
+            weight = tl.load(share + row * share_row_stride + k * share_col_stride, mask=exists, other=0.0)
+        loss_sum += weight * loss
+        v_sum += weight * d_v
+        mean_sum += weight * d_mean
+        tl.store(t_out + row * targets + k, weight * d_t, mask=exists)
+    tl.store(loss_out + row, loss_sum, mask=exists)
+    tl.store(v_out + row, v_sum, mask=exists)
+    tl.store(mean_out + row, mean_sum, mask=exists)
+
+
+@triton.jit
 def _hidden_gradient_kernel(
     entries, product, mean, g_t, g_v, g_mean, weighted_out, out, targets, width, BLOCK: tl.constexpr
 ):
@@ -313,6 +374,7 @@ _PROGRAMS = 4  # a multiprocessor, that rows are split to reach
 # Of a step: numbers of a row, side of a tile of a square, targets to compare and to add up, numbers of a row to add up.
 _STEP = Config((1024, 32, 1024, 32, 128))
 _STEP_TABLE = {**dict.fromkeys(_TABLE, _STEP), _triton.INTERPRETER: Config((16, 16, 16, 16, 16))}
+_LOSS_BLOCK = 32  # rows, a warp: few, so that many multiprocessors share them
 # Beyond these, all pairs of targets are too many to compare: K^2 an entry of `factored_pairs`, (B K)^2 in a scatter.
 PAIRED_TARGETS = 16
 SCATTERED_PAIRS = 4096
@@ -441,6 +503,22 @@ def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Ten
         rows, product, hidden, mean, t, square, center, targets, width, BLOCK=block
     )
     return t, square, center
+
+
+@_of_float32(portable.factored_losses)
+def factored_losses(
+    t: Tensor, v: Tensor, mean: Tensor, share: Tensor | float, kind: str, classes: int, a: float, b: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_layout(t, v, mean)
+    loss, d_t, d_v, d_mean = torch.empty_like(v), torch.empty_like(t), torch.empty_like(v), torch.empty_like(v)
+    weighted = isinstance(share, Tensor)
+    weights = share.expand_as(t) if isinstance(share, Tensor) else t
+    even = 0.0 if isinstance(share, Tensor) else float(share)
+    _losses_kernel[(triton.cdiv(len(t), _LOSS_BLOCK),)](
+        t, v, mean, weights, loss, d_t, d_v, d_mean, even, float(classes), float(a), float(b), float(eps),
+        *t.shape, *weights.stride(), KIND=kind, WEIGHTED=weighted, BLOCK=_LOSS_BLOCK, num_warps=1,
+    )  # fmt: skip
+    return loss.sum(), d_t, d_v, d_mean
 
 
 @_of_float32(portable.factored_gradient)
@@ -581,17 +659,21 @@ def _step_specimens(config: Config) -> list[Specimen]:
             (_statistics_kernel, row | sizes), (_hidden_gradient_kernel, row | sizes), (_factors_kernel, row),
             (_square_kernel, {"SIDE": side} | sizes), (_verdict_kernel, row), (_scatter_kernel, part | sizes),
             (_symmetric_kernel, {"SIDE": side}),
+            *((_losses_kernel, {"KIND": kind, "WEIGHTED": not sizes, "BLOCK": _LOSS_BLOCK} | sizes)
+              for kind in ("z", "spherical", "taylor", "mse")),
         ):  # fmt: skip
             types = {name: _STEP_TYPES.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
             aligned = {name for name, kind in types.items() if kind[0] == "*"}
             aligned |= types.keys() & {"width"} if width % 16 == 0 else set()
-            name = f"{kernel.__name__.strip('_').removesuffix('_kernel')} of a step, {note}"
+            piece = " ".join([*constants.get("KIND", "").split(), kernel.__name__.strip("_").removesuffix("_kernel")])
+            name = f"{piece} of a step, {note}"
             found.append(Specimen(name, kernel, types, constants, config, frozenset(aligned)))
     return found
 
 
 _STEP_TYPES = (
     {"target": "*i64", "exists": "*i1"}
-    | dict.fromkeys(("targets", "width", "rows", "pairs"), "i32")
+    | dict.fromkeys(("targets", "width", "rows", "pairs", "share_row_stride", "share_col_stride"), "i32")
+    | dict.fromkeys(("even_share", "classes", "a", "b", "eps"), "fp32")
     | dict.fromkeys(("lr", "shrink", "factor", "diagonal", "same_factor", "total_factor", "scale"), "fp32")
 )

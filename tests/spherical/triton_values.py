@@ -193,6 +193,18 @@ def growth(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
     return (x["hidden"].new_tensor(found),)
 
 
+def losses(kind: str, weighted: bool) -> Run:
+    def run(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
+        rows, targets = x["target"].shape
+        share: Any = x["rows"][:, :, 0] if weighted else 1 / max(rows, 1)
+        share = share[:, :1] if weighted and rows % 2 else share
+        v = x["g_v"].abs() * (torch.arange(rows, device=DEVICE) % 5 > 0)  # and 0
+        found = module.factored_losses(4 * x["g_t"], v, x["g_mean"], share, kind, CLASSES, 3.0, 0.1, 1e-3)
+        return tuple(found)
+
+    return run
+
+
 PIECES: dict[str, Run] = {
     "statistics": lambda m, x: m.factored_statistics(x["rows"], x["product"], x["hidden"], x["mean"]),
     "gradient": lambda m, x: m.factored_gradient(
@@ -200,6 +212,8 @@ PIECES: dict[str, Run] = {
     ),
     "factors": factors, "pairs": pairs, "inverse": inverse, "scatter": scatter, "symmetric": symmetric,
     "growth": growth,
+    **{f"{kind} {weighted}": losses(kind, weighted) for kind in ("z", "spherical", "taylor", "mse")
+       for weighted in (False, True)},
 }  # fmt: skip
 
 
@@ -228,6 +242,22 @@ def test_gradients_may_have_strides() -> None:
     x["g_v"], x["g_t"] = x["g_v"][:1].expand(5), torch.randn(3, 5, device=DEVICE).T
     agree(PIECES["gradient"], x)
     agree(scatter, x)
+
+
+def test_losses_of_a_step_at_their_ends() -> None:
+    """Small losses keep their digits, large ones do not overflow, and nothing is known where the squares overflow."""
+    x = {"t": torch.tensor([[30.0], [-200], [1], [2]], device=DEVICE), "v": torch.full((4,), 9.0, device=DEVICE)}
+    x["v"][2], x["v"][3] = float("inf"), 0
+    for row in range(4):
+
+        def run(module: Any, x: dict[str, Any], row: int = row) -> tuple[Tensor, ...]:
+            part = slice(row, row + 1)
+            t, v = x["t"][part], x["v"][part]
+            loss, *gradients = module.factored_losses(t, v, torch.zeros_like(v), 1.0, "z", 9, 1.0, 0.0, 1e-12)
+            assert bool(loss.isnan()) == (row == 2)
+            return tuple(g for g in (loss, *gradients) if row != 2)
+
+        agree(run, x)
 
 
 def test_rounding_makes_no_sum_of_squares_negative_and_hides_no_nan() -> None:

@@ -352,7 +352,7 @@ def _step_lines(step: dict[str, Any]) -> list[str]:
     return [
         title,
         "",
-        f"{step['classes']:,} classes, width {step['width']}, batch {step['batch']}, float32; forward, backward and SGD",
+        f"{step['classes']:,} classes, width {step['width']}, batch {step['batch']}, float32; with the update by SGD",
         "",
         "| layer | time [q20, q80] | over FactoredOutput |",
         "|---|---|---|",

@@ -149,7 +149,7 @@ def factored_growth(solution: Tensor, hidden: Tensor) -> float:
     return growth
 
 
-factored_verdict = partial(portable.factored_verdict, growth=factored_growth)
+factored_verdict = partial(portable.verdict_by, factored_growth)
 
 
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:

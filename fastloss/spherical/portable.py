@@ -141,18 +141,21 @@ def factored_growth(solution: Tensor, hidden: Tensor) -> float:
     return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
 
 
-def factored_verdict(
+def verdict_by(
+    growth: Callable[[Tensor, Tensor], float],
     full: Tensor,
     g_mean: Tensor,
     lr: float,
     exists: bool | Tensor,
     solution: Tensor,
     hidden: Tensor,
-    growth: Callable[[Tensor, Tensor], float] = factored_growth,
 ) -> tuple[bool, float]:
     """Whether the sum of full and lr g_mean is finite; the growth of `solution`, infinite if it does not exist."""
     finite = math.isfinite(float(full.sum()) + float(g_mean.sum()) * lr)
     return finite, growth(solution, hidden) if finite and exists else math.inf
+
+
+factored_verdict = partial(verdict_by, factored_growth)
 
 
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -265,9 +265,7 @@ def _factors_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _square_kernel(
-    x, target, g_t, g_v, factor, diagonal, same_factor, total_factor, rows, targets, SIDE: tl.constexpr
-):
+def _square_kernel(x, target, g_t, g_v, factor, diagonal, same_factor, total_factor, rows, targets, SIDE: tl.constexpr):
     """x (rows, rows) = x diag(factor g_v) + diagonal I + the bracket of `portable.factored_pairs`, in place."""
     parts = tl.cdiv(rows, SIDE)
     i = tl.program_id(0) // parts * SIDE + tl.arange(0, SIDE)
@@ -282,9 +280,9 @@ def _square_kernel(
         g_i = tl.load(g_t + first + k, mask=i < rows, other=0.0)
         total_i += g_i
         total_j += tl.load(g_t + second + k, mask=j < rows, other=0.0)
-        for l in range(targets):
-            t_j = tl.load(target + second + l, mask=j < rows, other=-1)
-            g_j = tl.load(g_t + second + l, mask=j < rows, other=0.0)
+        for m in range(targets):
+            t_j = tl.load(target + second + m, mask=j < rows, other=-1)
+            g_j = tl.load(g_t + second + m, mask=j < rows, other=0.0)
             same += tl.where(t_i[:, None] == t_j[None, :], g_i[:, None] * g_j[None, :], 0.0)
     inside = (i < rows)[:, None] & (j < rows)[None, :]
     place = x + i.to(tl.int64)[:, None] * rows + j[None, :]
@@ -479,7 +477,7 @@ def _step_blocks(x: Tensor) -> tuple[int, ...]:
 
 
 def _block(most: int, width: int) -> int:
-    return min(most, triton.next_power_of_2(width))
+    return min(most, int(triton.next_power_of_2(width)))
 
 
 def _parts(x: Tensor, most: int) -> tuple[tuple[int], int]:
@@ -541,9 +539,7 @@ def factored_factors(
 ) -> None:
     _check_layout(hidden, product, weighted, g_v, *out)
     grid, block = _parts(hidden, _step_blocks(hidden)[0])
-    _factors_kernel[grid](
-        hidden, product, weighted, g_v, *out, float(lr), float(shrink), hidden.shape[1], BLOCK=block
-    )
+    _factors_kernel[grid](hidden, product, weighted, g_v, *out, float(lr), float(shrink), hidden.shape[1], BLOCK=block)
 
 
 def _square(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, targets: int, *numbers: float) -> None:
@@ -590,7 +586,7 @@ def factored_verdict(
 
 @_of_float32(portable.factored_scatter)
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:
-    """Up to SCATTERED_PAIRS in the order of the pairs; more are sorted by PyTorch, whose sums have a fixed order, too."""
+    """Up to SCATTERED_PAIRS, compared with each other; more are sorted by PyTorch. Sums have a fixed order in both."""
     if target.numel() > SCATTERED_PAIRS:
         pairs = (g_t[:, :, None] * solution[:, None]).flatten(0, 1).mul_(-lr)
         v.index_put_((target.flatten(),), pairs, accumulate=True)
@@ -652,20 +648,22 @@ def _step_specimens(config: Config) -> list[Specimen]:
     """Of a layer of 512 features, one target an example, and with several targets and a bias."""
     length, side, scan, chunk, most = config.blocks
     found = []
-    for note, sizes, width in (("one target", {"targets": 1}, 512), ("targets and bias", {}, 513)):
-        row = {"BLOCK": _block(length, width)}
-        part = {"SCAN": scan, "CHUNK": chunk, "BLOCK": _block(most, width)}
-        for kernel, constants in (
+    for note, targets, width in (("one target", 1, 512), ("targets and bias", None, 513)):
+        sizes: dict[str, Any] = {"targets": targets} if targets else {}
+        row: dict[str, Any] = {"BLOCK": _block(length, width)}
+        part: dict[str, Any] = {"SCAN": scan, "CHUNK": chunk, "BLOCK": _block(most, width)}
+        losses = [(_losses_kernel, {"KIND": kind, "WEIGHTED": not targets, "BLOCK": _LOSS_BLOCK} | sizes)
+                  for kind in ("z", "spherical", "taylor", "mse")]  # fmt: skip
+        kernels: list[tuple[Any, dict[str, Any]]] = [
             (_statistics_kernel, row | sizes), (_hidden_gradient_kernel, row | sizes), (_factors_kernel, row),
             (_square_kernel, {"SIDE": side} | sizes), (_verdict_kernel, row), (_scatter_kernel, part | sizes),
-            (_symmetric_kernel, {"SIDE": side}),
-            *((_losses_kernel, {"KIND": kind, "WEIGHTED": not sizes, "BLOCK": _LOSS_BLOCK} | sizes)
-              for kind in ("z", "spherical", "taylor", "mse")),
-        ):  # fmt: skip
+            (_symmetric_kernel, {"SIDE": side}), *losses,
+        ]  # fmt: skip
+        for kernel, constants in kernels:
             types = {name: _STEP_TYPES.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
             aligned = {name for name, kind in types.items() if kind[0] == "*"}
             aligned |= types.keys() & {"width"} if width % 16 == 0 else set()
-            piece = " ".join([*constants.get("KIND", "").split(), kernel.__name__.strip("_").removesuffix("_kernel")])
+            piece = f"{constants.get('KIND', '')}{kernel.__name__.removesuffix('_kernel')}".strip("_").replace("_", " ")
             name = f"{piece} of a step, {note}"
             found.append(Specimen(name, kernel, types, constants, config, frozenset(aligned)))
     return found

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from fastloss.benchmarks import roofline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 import fastloss
 from fastloss import _triton
@@ -195,7 +198,7 @@ def growth(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def losses(kind: str, weighted: bool) -> Run:
     def run(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
-        rows, targets = x["target"].shape
+        rows = len(x["target"])
         share: Any = x["rows"][:, :, 0] if weighted else 1 / max(rows, 1)
         share = share[:, :1] if weighted and rows % 2 else share
         v = x["g_v"].abs() * (torch.arange(rows, device=DEVICE) % 5 > 0)  # and 0
@@ -324,3 +327,48 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
         layer.step(1e30)
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class Calls(TorchDispatchMode):
+    """Counts what starts a kernel; `copy_` and what follows a read are the interpreter's, or the host's."""
+
+    SILENT = frozenset({
+        "copy_", "detach", "diagonal", "empty", "empty_like", "expand", "new_empty", "permute", "select", "set_",
+        "slice", "unbind", "unsqueeze", "view", "_local_scalar_dense",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name not in self.SILENT
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the launches of the interpreter")
+@pytest.mark.parametrize("backend", ["portable", "triton"])
+def test_calls_of_a_step_are_those_of_the_roofline(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    launch = GridExecutor.__call__
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: (launches.append(self), launch(self, *a, **k)))
+    layer = fastloss.FactoredOutput(8, 100, bias=False)
+    hidden, target = torch.randn(4, 8, requires_grad=True), torch.arange(4)
+    with fastloss.use_backend(backend):
+        layer(hidden, target).backward()
+        layer.step(0.1)
+        hidden.grad = None
+        found = []
+        losses: list[Tensor] = []
+        stages: list[Callable[[], Any]] = [
+            lambda: losses.append(layer(hidden, target)), lambda: losses[0].backward(), lambda: layer.step(0.1)
+        ]  # fmt: skip
+        for stage in stages:
+            launches.clear()
+            with Calls() as calls:
+                stage()
+            found.append(calls.count + len(launches))
+    # The host sums up what it has read: the total, and the largest growth.
+    found[2] -= 2 if backend == "triton" else 0
+    assert found == [s.calls[backend == "triton"] for s in roofline.factored_step(256, 512)]

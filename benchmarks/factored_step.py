@@ -24,24 +24,27 @@ from torch import Tensor, nn
 
 import fastloss
 
-from .harness import describe_machine, summarise
+from .harness import describe_machine, summarise, synchronize
 
 LR = 1e-3
+CPU = torch.device("cpu")
 
 
 class Batches:
     """Hidden states, and targets that are others in every step: their rows of the weight are not in the caches."""
 
-    def __init__(self, classes: int, width: int, batch: int) -> None:
+    def __init__(self, classes: int, width: int, batch: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.classes = classes
-        self.hidden = torch.randn(batch, width, generator=self.generator).requires_grad_()
+        self.classes, self.device = classes, device
+        self.hidden = torch.randn(batch, width, generator=self.generator).to(device).requires_grad_()
 
     def seconds(self, step: Callable[[Tensor, Tensor], None]) -> float:
-        target = torch.randint(self.classes, (len(self.hidden),), generator=self.generator)
+        target = torch.randint(self.classes, (len(self.hidden),), generator=self.generator).to(self.device)
         self.hidden.grad = None
+        synchronize(self.device)
         start = time.perf_counter()
         step(self.hidden, target)
+        synchronize(self.device)
         return time.perf_counter() - start
 
 
@@ -69,10 +72,12 @@ def dense_z_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.softplus(-z).mean()
 
 
-def measure(classes: int, width: int, batch: int, dense_rounds: int, steps: int) -> dict[str, Any]:
+def measure(
+    classes: int, width: int, batch: int, dense_rounds: int, steps: int, device: torch.device = CPU
+) -> dict[str, Any]:
     """Times by name. A dense step leaves the caches cold: the first factored step after it does not count."""
-    batches = Batches(classes, width, batch)
-    linear = nn.Linear(width, classes, bias=False)
+    batches = Batches(classes, width, batch, device)
+    linear = nn.Linear(width, classes, bias=False, device=device)
     layer = fastloss.FactoredOutput.from_linear(linear, loss="z")
     ours = factored_step(layer)
     dense: dict[str, Callable[[Tensor, Tensor], None]] = {}

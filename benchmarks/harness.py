@@ -303,6 +303,11 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe_machine() -> dict[str, Any]:
     import fastloss
 

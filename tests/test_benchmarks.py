@@ -388,6 +388,8 @@ def test_gpu_benchmark_runs_on_the_cpu_at_tiny_sizes(tmp_path):
             assert (row["copy_share"] is None) == (row["op"] != "z_loss" and not row["case"].startswith("gaunt"))
         assert f"| {row['case']} | {row['provider']} |" in (tmp_path / "gpu.md").read_text()
     assert {row["provider"] for row in report["rows"] if row["status"] == "ok"} >= {"fastloss", "eager"}
+    assert report["step"]["status"] == "ok", report["step"]
+    assert "| eager, log-softmax |" in (tmp_path / "gpu.md").read_text()
 
 
 @pytest.mark.parametrize(

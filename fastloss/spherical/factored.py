@@ -105,6 +105,12 @@ def statistics(state: State, hidden: Tensor, target: Tensor) -> tuple[Tensor, ..
     return *_kernels(hidden).factored_statistics(rows, product, hidden, state.mean), rows, product
 
 
+def losses(t: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """See `portable.factored_losses`."""
+    found: tuple[Tensor, ...] = implementation("spherical", t.device).factored_losses(t, *arguments)
+    return found
+
+
 def gradient(
     mean: Tensor, rows: Tensor, product: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -164,8 +170,6 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
     small = torch.mm(half, hidden.T, out=take("small", n, n))
     kernels.factored_pairs(small, grads.target, grads.g_t, grads.g_v, lr, state.classes)
     full.addmm_(small, hidden)
-    if not math.isfinite(float(full.sum()) + float(grads.g_mean.sum()) * lr):
-        raise OverflowError
     change = torch.mm(hidden.T, full, out=take("change", width, width))
 
     inverse = None
@@ -180,11 +184,13 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
         m = hidden.T @ scaled
         m.diagonal().add_(shrink)
         inverse, info = torch.linalg.solve_ex(m, state.inverse)
-        exists = int(info) == 0
+        exists = info == 0
         solution = hidden @ inverse
         u_change = state.u @ m
-    growth = kernels.factored_growth(solution, hidden) if exists and shrink != 0 else math.inf
-    tame = growth <= limit  # false for NaN
+    finite, growth = kernels.factored_verdict(full, grads.g_mean, lr, exists, solution, hidden)
+    if not finite:
+        raise OverflowError
+    tame = shrink != 0 and growth <= limit  # false for NaN
     if not tame and not bool((u_change.sum() + scaled.sum()).isfinite()):
         raise OverflowError
     carried = _growth(scaled, hidden, shrink)

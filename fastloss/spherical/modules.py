@@ -64,10 +64,10 @@ class _BuiltIn(torch.autograd.Function):
         ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
         t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
-        loss, *derivatives = layer._closed_form(t, v[:, None], mean[:, None])
-        d_t, d_v, d_mean = (share * d for d in derivatives)
-        ctx.g = d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
-        return (loss * share).sum()
+        assert isinstance(layer.loss, str)
+        options = (layer.num_classes, layer.a, layer.b, layer.eps)
+        loss, *ctx.g = factored.losses(t, v, mean, share, layer.loss, *options)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -308,9 +308,9 @@ class FactoredOutput(nn.Module):
     def _ids(self, name: str, label: str, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._in_range(name, label, check_ids(name, label, ids, shape, "the layer", self.v))
 
-    def _in_range(self, name: str, label: str, ids: Tensor) -> Tensor:
+    def _in_range(self, name: str, label: str, ids: Tensor, extent: tuple[int, int] | None = None) -> Tensor:
         if ids.numel():
-            low, high = (int(x) for x in torch.aminmax(ids))
+            low, high = extent or _extent(ids)
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"{name}: `{label}` must be in [0, {self.num_classes}), got {low} to {high}")
         return ids
@@ -443,8 +443,11 @@ class FactoredOutput(nn.Module):
     def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Checked, with class 0 for ignored ones; and where these are, None for nowhere."""
         target = check_ids(name, "target", target, shape, "the layer", self.v)
-        if not (target.numel() and bool((target == self.ignore_index).any())):
-            return self._in_range(name, "target", target), None
+        if not target.numel():
+            return target, None
+        low, high = extent = _extent(target)  # which mostly tells that none is ignored: the device is read once
+        if not (low <= self.ignore_index <= high and bool((target == self.ignore_index).any())):
+            return self._in_range(name, "target", target, extent), None
         ignored = target == self.ignore_index
         return self._in_range(name, "target", target.masked_fill(ignored, 0)), ignored
 
@@ -478,30 +481,6 @@ class FactoredOutput(nn.Module):
     def _has_closed_form(self, weighted: bool) -> bool:
         """With weights of targets, "mse" is one loss of an example, no sum over its targets."""
         return isinstance(self.loss, str) and (self.loss != "mse" or not weighted)
-
-    def _closed_form(self, t: Tensor, v: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `_z` and its siblings."""
-        classes = self.num_classes
-        if self.loss == "z":
-            v = v.masked_fill(v.isinf(), torch.nan)
-            flat = v == 0
-            deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
-            scale = (deviation + self.eps).reciprocal_().masked_fill_(flat, 0)
-            z = t * scale
-            loss = F.softplus(self.b - z, beta=self.a, threshold=40)
-            d_t = torch.sigmoid(self.a * (self.b - z)).mul_(scale).neg_()
-            d_v = (d_t * z).div_(deviation * (-2 * classes))
-            return loss, d_t, d_v, torch.zeros_like(mean)
-        if self.loss == "mse":
-            loss = v + classes * mean.square() - 2 * (t + mean) + 1
-            return loss, torch.full_like(t, -2), torch.ones_like(v), 2 * classes * mean - 2
-        # log of a total less the log of the target's share, squares of o + shift each
-        shift, plus = (0.0, self.eps) if self.loss == "spherical" else (1.0, 1.0)
-        center, entry = mean + shift, t + mean + shift
-        total, score = v + classes * (center.square() + plus), entry.square() + plus
-        d_t = -2 * entry / score
-        d_v = total.reciprocal()
-        return total.log() - score.log(), d_t, d_v, 2 * classes * center * d_v + d_t
 
     def _backward(self, ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
         """The gradient to hidden; that of the weight is kept for the step."""
@@ -681,6 +660,11 @@ def _topk_of_ranks(split: World, best: Tensor, index: Tensor, k: int) -> tuple[T
     values, places = torch.cat(shown, 2)
     values, chosen = values.topk(k)
     return values.to(best.dtype), places.gather(1, chosen).to(index.dtype)
+
+
+def _extent(ids: Tensor) -> tuple[int, int]:
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    return low, high
 
 
 def _nan_if_none(loss: Tensor, row_weight: Tensor | None) -> Tensor:

@@ -106,6 +106,9 @@ def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Ten
     return t, square, center
 
 
+factored_losses = portable.factored_losses
+
+
 def factored_gradient(
     rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +136,7 @@ def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: floa
         portable.factored_pairs(x, target, g_t, g_v, lr, classes)
 
 
-def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool | Tensor]:
     if len(x) > INVERSE_ROWS:
         return portable.factored_inverse(x, g_v, lr, shrink)
     order = torch.empty(len(x), dtype=torch.int64)
@@ -144,6 +147,9 @@ def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[
 def factored_growth(solution: Tensor, hidden: Tensor) -> float:
     growth: float = _factored("factored_growth", hidden)(*_addresses(solution, hidden), *hidden.shape)
     return growth
+
+
+factored_verdict = partial(portable.verdict_by, factored_growth)
 
 
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.spherical import tiles
@@ -52,6 +55,41 @@ def factored_statistics(rows: Tensor, product: Tensor, hidden: Tensor, mean: Ten
     return torch.linalg.vecdot(rows, hidden[:, None]), square, hidden @ mean
 
 
+def factored_losses(
+    t: Tensor, v: Tensor, mean: Tensor, share: Tensor | float, kind: str, classes: int, a: float, b: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the losses (B, K) times `share`, and its derivatives by t (B, K), v (B,) and mean (B,)."""
+    loss, *derivatives = _closed_form(t, v[:, None], mean[:, None], kind, classes, a, b, eps)
+    d_t, d_v, d_mean = (share * d for d in derivatives)
+    return (loss * share).sum(), d_t, d_v.expand_as(t).sum(1), d_mean.expand_as(t).sum(1)
+
+
+def _closed_form(
+    t: Tensor, v: Tensor, mean: Tensor, kind: str, classes: int, a: float, b: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (B, K) and their derivatives by the statistics (B, K), (B, 1), (B, 1); as `functional._z` and others."""
+    if kind == "z":
+        v = v.masked_fill(v.isinf(), torch.nan)
+        flat = v == 0
+        deviation = torch.where(flat, 1, v).div_(classes).sqrt_()
+        scale = (deviation + eps).reciprocal_().masked_fill_(flat, 0)
+        z = t * scale
+        loss = F.softplus(b - z, beta=a, threshold=40)
+        d_t = torch.sigmoid(a * (b - z)).mul_(scale).neg_()
+        d_v = (d_t * z).div_(deviation * (-2 * classes))
+        return loss, d_t, d_v, torch.zeros_like(mean)
+    if kind == "mse":
+        loss = v + classes * mean.square() - 2 * (t + mean) + 1
+        return loss, torch.full_like(t, -2), torch.ones_like(v), 2 * classes * mean - 2
+    # log of a total less the log of the target's share, squares of o + shift each
+    shift, plus = (0.0, eps) if kind == "spherical" else (1.0, 1.0)
+    center, entry = mean + shift, t + mean + shift
+    total, score = v + classes * (center.square() + plus), entry.square() + plus
+    d_t = -2 * entry / score
+    d_v = total.reciprocal()
+    return total.log() - score.log(), d_t, d_v, 2 * classes * center * d_v + d_t
+
+
 def factored_gradient(
     rows: Tensor, product: Tensor, mean: Tensor, g_t: Tensor, g_v: Tensor, g_mean: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +126,7 @@ def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: floa
     x.add_(same, alpha=lr * lr / 2).addr_(total, total, alpha=-lr * lr / (2 * classes))
 
 
-def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool]:
+def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool | Tensor]:
     """(shrink I + x D)^-1, and whether it exists. x is lost."""
     x.mul_(-2 * lr * g_v).diagonal().add_(shrink)
     inverse, info = torch.linalg.inv_ex(x)
@@ -101,6 +139,23 @@ def factored_growth(solution: Tensor, hidden: Tensor) -> float:
         return 0.0
     size = torch.linalg.vector_norm(hidden, dim=1)
     return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
+
+
+def verdict_by(
+    growth: Callable[[Tensor, Tensor], float],
+    full: Tensor,
+    g_mean: Tensor,
+    lr: float,
+    exists: bool | Tensor,
+    solution: Tensor,
+    hidden: Tensor,
+) -> tuple[bool, float]:
+    """Whether the sum of full and lr g_mean is finite; the growth of `solution`, infinite if it does not exist."""
+    finite = math.isfinite(float(full.sum()) + float(g_mean.sum()) * lr)
+    return finite, growth(solution, hidden) if finite and exists else math.inf
+
+
+factored_verdict = partial(verdict_by, factored_growth)
 
 
 def factored_scatter(v: Tensor, target: Tensor, g_t: Tensor, solution: Tensor, lr: float) -> None:

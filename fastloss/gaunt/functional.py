@@ -377,7 +377,7 @@ def _short_way(x1: Any, x2: Any, lmax_out: Any, method: Any) -> Tensor | None:
         or not (lmax_out is None or type(lmax_out) is int)
         or not unobserved((x1, x2))
         or x1.dim() == 0
-        or x1.shape[:-1] != x2.shape[:-1]
+        or (x1.shape != x2.shape and x1.shape[:-1] != x2.shape[:-1])
     ):
         return None
     run = _usual(x1.shape[-1], x2.shape[-1], x1.dtype, x2.dtype, lmax_out, method)

@@ -82,7 +82,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, program: Program, how: How, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.program, ctx.how = program, how
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        if not how.ordinary or _forward_mode():
+            ctx.save_for_forward(*inputs)
         ctx.set_materialize_grads(False)
         if not torch._C._are_functorch_transforms_active():
             return tuple(_below_autograd(program, how, inputs))
@@ -113,14 +114,14 @@ def _below_autograd(program: Program, how: How, inputs: Sequence[Tensor]) -> lis
 
 
 def _plain(inputs: list[Tensor], text: str, how: How) -> list[Tensor]:
-    """The op without derivatives."""
+    """The op without derivatives: of tensors that need none, or where autograd is off."""
     result: list[Tensor]
+    if (how.ordinary or unobserved(inputs)) and not _forward_mode():
+        kernel = implementation("gaunt", inputs[0].device).gaunt_ring_fwd
+        result = kernel(inputs, programs.parse(text), how.channels_last, how.direct)
+        return result
     with torch._C._AutoDispatchBelowAutograd():
-        if how.ordinary or unobserved(inputs):
-            kernel = implementation("gaunt", inputs[0].device).gaunt_ring_fwd
-            result = kernel(inputs, programs.parse(text), how.channels_last, how.direct)
-        else:
-            result = _op(inputs, text, how.channels_last, how.direct)
+        result = _op(inputs, text, how.channels_last, how.direct)
     return result
 
 
@@ -139,14 +140,14 @@ def _gradients(
     given = [g for g in grads if g is not None]
     present = tuple([g is not None for g in grads])
     gradient = program.gradient(needs, tuple([x.shape[where] for x in inputs]), present)
-    values = iter(_call(gradient, how._replace(ordinary=False), [*inputs, *given]))
+    values = iter(_call(gradient, How(how.channels_last, how.direct), [*inputs, *given]))
     return [next(values) if need else None for need in needs]
 
 
 def _tangents(program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
     moved = program.tangent(tuple(moving), len(inputs))
-    return _call(moved, how._replace(ordinary=False), [*inputs, *(t for t in tangents if t is not None)])
+    return _call(moved, How(how.channels_last, how.direct), [*inputs, *(t for t in tangents if t is not None)])
 
 
 def _forward_mode() -> bool:

@@ -415,7 +415,7 @@ def test_roofline_is_what_the_script_writes_of_the_schedule():
 def test_roofline_of_a_gaunt_product_is_that_of_its_launches():
     kernels = pytest.importorskip("fastloss.gaunt.triton", reason="the schedule is Triton's")
     product = Program((8,), ((Term(1, (0, 1)),),))
-    gradients = product.gradient((0, 1), (4, 4), (0,), 2)
+    gradients = product.gradient((True, True), (25, 25), (True,))
     lanes, points = kernels._TABLE["sm_90"].blocks
     table = antipodes(8, 16, kernels.TILE, points, torch.float32, torch.device("cpu"))
     phases = roofline.gaunt(4, lanes).phases

@@ -223,15 +223,17 @@ class _Parts(torch.autograd.Function):
         return None, grad
 
 
-class _Replicated(torch.autograd.Function):
+class Copied(torch.autograd.Function):
+    """A tensor that all ranks have, of which each uses a copy: the gradients of the copies add up, times a factor."""
+
     @staticmethod
-    def forward(ctx: Any, world: World, x: Tensor) -> Tensor:
-        ctx.world = world
+    def forward(ctx: Any, family: str, group: Any, factor: float, x: Tensor) -> Tensor:
+        ctx.family, ctx.group, ctx.factor = family, group, factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, once("contrastive", all_sum, ctx.world.group, grad) / ctx.world.size
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        return None, None, None, once(ctx.family, all_sum, ctx.group, grad) * ctx.factor
 
 
 def all_sum(group: Any, x: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ def shared(world: World, scale: Tensor) -> Tensor:
     """
     if world.row_scales:
         return scale.reshape(-1)
-    result: Tensor = _Replicated.apply(world, scale)
+    result: Tensor = Copied.apply("contrastive", world.group, 1 / world.size, scale)
     return result
 
 

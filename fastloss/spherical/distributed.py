@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._distributed import World, all_sum, eager, sum_of_parts
+from fastloss._distributed import Copied, World, all_sum, eager, sum_of_parts
 from fastloss._ops import once
 from fastloss.spherical.ops import check_classes, linear_moments
 
@@ -36,7 +36,9 @@ def split_linear_moments(
     """As `ops.linear_moments`, of the logits of all ranks; the ranks' classes follow each other."""
     check_classes(function, target, sum(world.rows))
     mine, local = world.own(target)
-    moments = linear_moments(_Copied.apply(world, hidden), weight, bias, torch.where(mine, local, -1), function)
+    moments = linear_moments(
+        Copied.apply("spherical", world.group, 1.0, hidden), weight, bias, torch.where(mine, local, -1), function
+    )
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _Merged.apply(world, mine, *moments)
     return result
 
@@ -46,19 +48,6 @@ def split_class_weight(world: World, class_weight: Tensor, target: Tensor) -> Te
     """(B,), the weights of the targets' classes; class_weight is (C_r,)."""
     mine, local = world.own(target)
     return sum_of_parts(world.group, torch.where(mine, class_weight[local], 0))
-
-
-class _Copied(torch.autograd.Function):
-    """A tensor that all ranks have, of which each uses a copy: the gradients of the copies add up."""
-
-    @staticmethod
-    def forward(ctx: Any, world: World, x: Tensor) -> Tensor:
-        ctx.world = world
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, once("spherical", all_sum, ctx.world.group, grad)
 
 
 class _Merged(torch.autograd.Function):

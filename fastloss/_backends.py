@@ -182,14 +182,13 @@ def backend_of(device: torch.device) -> str:
 
 def implementation(family: str, device: torch.device) -> ModuleType:
     """The module with the kernels of `family` for tensors on `device`."""
-    name = backend_of(device)
-    if name == NATIVE and device.type != "cpu":
-        raise RuntimeError(f"use_backend: backend 'native' serves CPU tensors only, got a tensor on {device}")
-    if name == TRITON and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"use_backend: backend 'triton' serves CUDA tensors only, got a tensor on {device}")
-    return _module(family, name)
+    return _module(family, backend_of(device), device.type)
 
 
 @functools.cache
-def _module(family: str, backend: str) -> ModuleType:
+def _module(family: str, backend: str, device_type: str) -> ModuleType:
+    if backend == NATIVE and device_type != "cpu":
+        raise RuntimeError(f"use_backend: backend 'native' serves CPU tensors only, got a tensor on {device_type}")
+    if backend == TRITON and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"use_backend: backend 'triton' serves CUDA tensors only, got a tensor on {device_type}")
     return importlib.import_module(f"fastloss.{family}.{backend}")

@@ -79,9 +79,7 @@ FASTLOSS_INLINE void rows_of(Vec<T>* rows) {
   if constexpr (2 * S < Lanes<T>::kCount) rows_of<T, N, 2 * S>(rows);
 }
 
-// Narrow rows have transpositions of their own, where a vector is wider.
-template <class T>
-constexpr int kFour = Lanes<T>::kCount < 4 ? Lanes<T>::kCount : 4;
+// Rows of nine have a transposition of their own, where a vector is wider.
 template <class T>
 constexpr int kNine = Lanes<T>::kCount < 9 ? Lanes<T>::kCount : 9;
 
@@ -127,18 +125,59 @@ FASTLOSS_INLINE void read_fours(const T* x, Vec<T>* out) {
           pick<T>(half[0][j], half[1][j], [k](int c) { return c % kHalf + k * kHalf + c / kHalf * kN; });
 }
 
+// Vectors of one coefficient each, of all lanes, become vectors of N coefficients side by side, of kCount / N lanes
+// each. Step S brings bit S of the coefficient's number into the place; the highest bit of the lane's gives way, and
+// becomes bit S of the vector's number: in the end the lanes of a vector are its number with its bits reversed.
+template <class T, int N, int S = 0>
+FASTLOSS_INLINE void interleave(Vec<T>* v) {
+  constexpr int kN = Lanes<T>::kCount, kBit = 1 << S;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    if (!(i & kBit)) {
+      auto half = [&](int upper) {
+        return pick<T>(v[i], v[i + kBit],
+                       [=](int c) { return (c & kBit ? kN : 0) + upper * kN / 2 + c / (2 * kBit) * kBit + c % kBit; });
+      };
+      const Vec<T> low = half(0);
+      v[i + kBit] = half(1);
+      v[i] = low;
+    }
+  if constexpr (2 * kBit < N) interleave<T, N, S + 1>(v);
+}
+
+constexpr int reversed(int number, int size) {
+  int out = 0;
+  for (int bit = 1; bit < size; bit *= 2) out = 2 * out + (number / bit & 1);
+  return out;
+}
+
 template <class T, int A>
 FASTLOSS_INLINE void write_fours(T* y, const Vec<T>* in) {
-  constexpr int kN = Lanes<T>::kCount, kHalf = kN / 2;
-  Vec<T> half[2][2];
-  for (int j = 0; j < 2; ++j)
-    for (int h = 0; h < 2; ++h)
-      half[h][j] =
-          pick<T>(in[2 * j * A], in[(2 * j + 1) * A], [h](int c) { return c % kHalf + h * kHalf + c / kHalf * kN; });
-  for (int h = 0; h < 2; ++h)
-    for (int i = 0; i < 2; ++i)
-      store(y + (2 * h + i) * kN, pick<T>(half[h][0], half[h][1],
-                                          [i](int c) { return c % 4 / 2 * kN + c % 2 * kHalf + c / 4 + i * kN / 4; }));
+  Vec<T> v[4];
+  for (int k = 0; k < 4; ++k) v[k] = in[k * A];
+  interleave<T, 4>(v);
+  for (int i = 0; i < 4; ++i) store(y + i * Lanes<T>::kCount, v[reversed(i, 4)]);
+}
+
+// Eight coefficients of two lanes in a vector, then the ninth between them. For vectors of sixteen.
+template <class T, int A>
+FASTLOSS_INLINE void write_nines(T* y, const Vec<T>* in) {
+  constexpr int kN = Lanes<T>::kCount;
+  Vec<T> v[8];
+  for (int k = 0; k < 8; ++k) v[k] = in[k * A];
+  interleave<T, 8>(v);
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) {
+    const int first = i * kN / 9 / 2, last = (i * kN + kN - 1) / 9 / 2;  // pairs of lanes
+    const Vec<T> eight = pick<T>(v[reversed(first, 8)], v[reversed(last, 8)], [=](int c) {
+      const int lane = (i * kN + c) / 9, k = (i * kN + c) % 9;
+      return (lane / 2 - first) * kN + lane % 2 * 8 + k % 8;
+    });
+    store(y + i * kN, pick<T>(eight, in[8 * A], [=](int c) {
+            const int lane = (i * kN + c) / 9, k = (i * kN + c) % 9;
+            return k == 8 ? kN + lane : c;
+          }));
+  }
 }
 
 // Coefficient i of the block goes to out[A i].
@@ -153,10 +192,10 @@ void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, i
   // Rows of less than a vector are read with the beginning of the next, if there is one.
   if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
     x += lane * d;
-    if (d == 4 && kN >= 4) {
+    if (d == 1) {
+      out[0] = load(x);
+    } else if (d == 4 && kN >= 4) {
       read_fours<T, A>(x, out);
-    } else if (d < 4 && kN >= 4) {
-      read_tile<T, kFour<T>, A>(x, d, d, out);
     } else if (d <= 9 && kN > 9) {
       read_tile<T, kNine<T>, A>(x, d, d, out);
     } else if (d < kN) {
@@ -187,12 +226,12 @@ void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int co
   }
   if (p.channels == 0 && count == kN) {
     y += lane * d;
-    if (d == 4 && kN >= 4) {
+    if constexpr (kN == 16)
+      if (d == 9) return write_nines<T, A>(y, in);
+    if (d == 1) {
+      store(y, in[0]);
+    } else if (d == 4 && kN >= 4) {
       write_fours<T, A>(y, in);
-    } else if (d < 4 && kN >= 4) {
-      write_tile<T, kFour<T>, A>(y, d, d, kN * d, in);
-    } else if (d <= 9 && kN > 9) {
-      write_tile<T, kNine<T>, A>(y, d, d, kN * d, in);
     } else if (d < kN) {
       write_tile<T, kN, A>(y, d, d, kN * d, in);
     } else {

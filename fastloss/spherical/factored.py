@@ -187,26 +187,26 @@ def plan(state: State, grads: Gradients, lr: float, decay: float, limit: float, 
         exists = info == 0
         solution = hidden @ inverse
         u_change = state.u @ m
-    finite, growth = kernels.factored_verdict(full, grads.g_mean, lr, exists, solution, hidden)
-    if not finite:
+    verdict = kernels.factored_verdict(full, grads.g_mean, lr, exists, solution, hidden, scaled)
+    if not verdict.finite:
         raise OverflowError
-    tame = shrink != 0 and growth <= limit  # false for NaN
+    tame = shrink != 0 and verdict.growth <= limit  # false for NaN
     if not tame and not bool((u_change.sum() + scaled.sum()).isfinite()):
         raise OverflowError
-    carried = _growth(scaled, hidden, shrink)
-    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame, carried)
+    growth = _growth(verdict.shares, shrink)
+    return Plan(state, grads, lr, shrink, change, scaled, solution, u_change, inverse, limit, tame, growth)
 
 
-def _growth(scaled: Tensor, hidden: Tensor, shrink: float) -> float:
+def _growth(shares: Tensor, shrink: float) -> float:
     """Log of a bound of |M / shrink|, by which a step makes an error of the Gram grow, twice, beside the Gram.
 
     An error E becomes M E M, however small the weight is kept by the gradient's sparse part. The bound is the trace of
     what expands. Of what is taken past zero it is the largest row alone: where many rows together do that, the weight
     itself grows in step.
     """
-    if shrink == 0 or not len(hidden):
+    if shrink == 0 or not len(shares):
         return 0.0
-    share = torch.linalg.vecdot(scaled, hidden).double() / shrink
+    share = shares.double() / shrink
     return math.log(max(1.0, 1 + float(share.clamp(min=0).sum()), -1 - float(share.amin())))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,14 @@ def factored_growth(solution: Tensor, hidden: Tensor) -> float:
     return float((torch.linalg.vector_norm(solution, dim=1) / size).masked_fill_(size == 0, 0).amax())
 
 
+class Verdict(NamedTuple):
+    """All that the host has to know of a step."""
+
+    finite: bool  # the sum of full and lr g_mean
+    growth: float  # `factored_growth` of the solution, infinite if it does not exist
+    shares: Tensor  # (B,) scaled . hidden, on the CPU
+
+
 def verdict_by(
     growth: Callable[[Tensor, Tensor], float],
     full: Tensor,
@@ -149,10 +158,11 @@ def verdict_by(
     exists: bool | Tensor,
     solution: Tensor,
     hidden: Tensor,
-) -> tuple[bool, float]:
-    """Whether the sum of full and lr g_mean is finite; the growth of `solution`, infinite if it does not exist."""
+    scaled: Tensor,
+) -> Verdict:
     finite = math.isfinite(float(full.sum()) + float(g_mean.sum()) * lr)
-    return finite, growth(solution, hidden) if finite and exists else math.inf
+    shares = torch.linalg.vecdot(scaled, hidden).cpu()
+    return Verdict(finite, growth(solution, hidden) if finite and exists else math.inf, shares)
 
 
 factored_verdict = partial(verdict_by, factored_growth)

@@ -293,14 +293,15 @@ def _square_kernel(x, target, g_t, g_v, factor, diagonal, same_factor, total_fac
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _verdict_kernel(full, g_mean, exists, solution, hidden, out, lr, rows, width, BLOCK: tl.constexpr):
-    """out (2, rows): |solution| / |hidden|, infinite without `exists`; the sum of `full` and of lr g_mean."""
+def _verdict_kernel(full, g_mean, exists, solution, hidden, scaled, out, lr, rows, width, BLOCK: tl.constexpr):
+    """out (3, rows): |solution| / |hidden|, infinite without `exists`; sum of full, and lr g_mean; scaled . hidden."""
     row = tl.program_id(0)
     begin = row.to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     grown = tl.zeros((BLOCK,), tl.float32)
     size = tl.zeros((BLOCK,), tl.float32)
+    share = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + cols
         place = begin + at
@@ -309,11 +310,13 @@ def _verdict_kernel(full, g_mean, exists, solution, hidden, out, lr, rows, width
         h = tl.load(hidden + place, mask=at < width, other=0.0)
         grown += s * s
         size += h * h
+        share += h * tl.load(scaled + place, mask=at < width, other=0.0)
     length = tl.sum(size)
     growth = tl.sqrt(tl.sum(grown)) / tl.sqrt(tl.where(length == 0, 1.0, length))
     growth = tl.where(length == 0, 0.0, growth)
     tl.store(out + row, tl.where(tl.load(exists) != 0, growth, float("inf")))
     tl.store(out + rows + row, tl.sum(total) + lr * tl.load(g_mean + row))
+    tl.store(out + 2 * rows + row, tl.sum(share))
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -569,19 +572,25 @@ def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[
 
 @_of_float32(portable.factored_verdict)
 def factored_verdict(
-    full: Tensor, g_mean: Tensor, lr: float, exists: bool | Tensor, solution: Tensor, hidden: Tensor
-) -> tuple[bool, float]:
-    """All that the host has to know of a step, in one read."""
-    _check_layout(full, g_mean, solution, hidden)
+    full: Tensor,
+    g_mean: Tensor,
+    lr: float,
+    exists: bool | Tensor,
+    solution: Tensor,
+    hidden: Tensor,
+    scaled: Tensor,
+) -> portable.Verdict:
+    """In one read."""
+    _check_layout(full, g_mean, solution, hidden, scaled)
     rows, width = full.shape
     if not rows:
-        return True, 0.0
-    out = full.new_empty(2, rows)
+        return portable.Verdict(True, 0.0, torch.empty(0))
+    out = full.new_empty(3, rows)
     exists = torch.as_tensor(exists, device=full.device)
     block = _block(_step_blocks(full)[0], width)
-    _verdict_kernel[(rows,)](full, g_mean, exists, solution, hidden, out, float(lr), rows, width, BLOCK=block)
-    growth, total = out.cpu()
-    return math.isfinite(float(total.sum())), float(growth.amax())
+    _verdict_kernel[(rows,)](full, g_mean, exists, solution, hidden, scaled, out, float(lr), rows, width, BLOCK=block)
+    growth, total, shares = out.cpu()
+    return portable.Verdict(math.isfinite(float(total.sum())), float(growth.amax()), shares)
 
 
 @_of_float32(portable.factored_scatter)

@@ -189,11 +189,11 @@ def symmetric(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def growth(module: Any, x: dict[str, Any]) -> tuple[Tensor, ...]:
-    finite, found = module.factored_verdict(
-        x["weighted"], x["g_mean"], 0.3, torch.tensor(True, device=DEVICE), x["product"], x["hidden"]
+    verdict = module.factored_verdict(
+        x["weighted"], x["g_mean"], 0.3, torch.tensor(True, device=DEVICE), x["product"], x["hidden"], x["weighted"]
     )
-    assert finite
-    return (x["hidden"].new_tensor(found),)
+    assert verdict.finite
+    return x["hidden"].new_tensor(verdict.growth), verdict.shares
 
 
 def losses(kind: str, weighted: bool) -> Run:
@@ -278,7 +278,9 @@ def test_verdict() -> None:
     def ask(
         full: Tensor = ones, g_mean: Tensor = ones, exists: bool = True, s: Tensor = ones, h: Tensor = ones
     ) -> tuple[bool, float]:
-        return kernels.factored_verdict(full, g_mean[:, 2].contiguous(), 0.5, exists, s, h)
+        verdict = kernels.factored_verdict(full, g_mean[:, 2].contiguous(), 0.5, exists, s, h, 2 * ones)
+        assert verdict.shares.tolist() == [float(2 * h[0].sum())] * 2
+        return verdict.finite, verdict.growth
 
     assert ask() == (True, 1.0)
     assert ask(exists=False) == (True, float("inf"))

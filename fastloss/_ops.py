@@ -47,9 +47,10 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def _ordinary_keys() -> frozenset[int]:
-    plain = torch.empty(0)
+    # On the CPU whatever the default device, which may be set before this import.
+    plain = torch.empty(0, device="cpu")
     with torch.inference_mode():
-        return frozenset(_dispatch_keys(x).raw_repr() for x in (plain, torch.empty(0)))
+        return frozenset(_dispatch_keys(x).raw_repr() for x in (plain, torch.empty(0, device="cpu")))
 
 
 _ORDINARY = _ordinary_keys()

@@ -621,7 +621,8 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([*(getattr(self, name) for name in COUNTERS), self._growth], dtype=torch.float64)
+        numbers = [*(getattr(self, name) for name in COUNTERS), self._growth]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         *counts, self._growth = state.tolist()

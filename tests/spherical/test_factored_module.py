@@ -422,6 +422,22 @@ def test_compiled_calls_are_those_of_the_layer() -> None:
     assert torch.equal(layer.weight(), other.weight())
 
 
+def test_default_device_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "CHECK_EVERY", 1)
+    monkeypatch.setattr(modules, "PROBE_EVERY", 1)
+    layer, _ = pair()
+    other = copy.deepcopy(layer)
+    hidden, target = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 3, 3, 29])
+    for at, device in ((layer, "cpu"), (other, "meta")):
+        with torch.device(device):
+            at(hidden, target).backward()
+            at.step(0.1)
+            assert at.drift() < 1e-12
+            at.load_state_dict(at.state_dict())
+    assert torch.equal(layer.weight(), other.weight())
+    assert layer.steps == other.steps == 1
+
+
 def test_a_layer_moved_between_backward_and_step() -> None:
     layer = FactoredOutput(4, 9)
     layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()

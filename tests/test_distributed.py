@@ -442,7 +442,12 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "reduction": lambda: fastloss.info_nce(x, x, reduction="sum" if odd else "mean", group=group),
         "symmetric": lambda: fastloss.info_nce(x, x, symmetric=odd, group=group),
         "temperature": lambda: fastloss.nt_xent(x, x, 0.5 + odd, group=group),
-        "gradient": lambda: fastloss.nt_xent(x.clone().requires_grad_(odd), x, group=group),
+        "digits": lambda: fastloss.clip_loss(x, x, torch.tensor(14.285714 + 1e-6 * odd), group=group),
+        "row scales": lambda: fastloss.nt_xent(x, x, torch.ones(3) if odd else 1.0, group=group),
+        "gradient": lambda: fastloss.nt_xent(
+            x.clone().requires_grad_(odd), x, torch.tensor(0.5, requires_grad=odd), group=group
+        ),
+        "gradient of negatives": lambda: fastloss.info_nce(x, x, x.clone().requires_grad_(odd), group=group),
         "ids": lambda: fastloss.nt_xent(x, x, ids=torch.arange(3) if odd else None, group=group),
         "schedule": lambda: fastloss.nt_xent(x, x, group=group, schedule="ring" if odd else "auto"),
         "function": lambda: fastloss.nt_xent(x, x, group=group) if odd else fastloss.clip_loss(x, x, 1.0, group=group),
@@ -657,26 +662,39 @@ def test_averaged_gradients_of_an_encoder_are_those_of_one_process(ranks: tuple[
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("width", "ValueError: clip_loss: the width must be the same on all ranks of `group`, got 6, 5, 6"),
+        ("width", "ValueError: clip_loss: the width must be the same on all ranks of the group, got 6, 5, 6"),
         (
             "dtype",
-            "ValueError: clip_loss: the dtype must be the same on all ranks of `group`, got torch.float32, torch.f",
+            "ValueError: clip_loss: the dtype must be the same on all ranks of the group, got torch.float32, torch.f",
         ),
         ("reduction", "ValueError: info_nce: `reduction` must be the same on all ranks"),
         (
             "symmetric",
-            "ValueError: info_nce: `symmetric` must be the same on all ranks of `group`, got False, True, False",
+            "ValueError: info_nce: `symmetric` must be the same on all ranks of the group, got False, True, False",
         ),
         (
             "temperature",
-            "ValueError: nt_xent: the scale must be the same on all ranks of `group`, got 2, 0.66",
+            "ValueError: nt_xent: `temperature` must be the same on all ranks of the group, got 0.5, 1.5, 0.5 (rank by",
         ),
-        ("gradient", "ValueError: nt_xent: which tensors need a gradient must be the same on all ranks"),
+        (
+            "digits",
+            "clip_loss: `logit_scale` must be the same on all ranks of the group, got 14.2857141, 14.2857151",
+        ),
+        (
+            "row scales",
+            "ValueError: nt_xent: whether `temperature` has one value a row must be the same on all ranks",
+        ),
+        (
+            "gradient",
+            "ValueError: nt_xent: which tensors need a gradient must be the same on all ranks of the group, got none, "
+            "`z0` and `temperature`, none (rank by rank)",
+        ),
+        ("gradient of negatives", "got none, `negative_keys`, none (rank by rank)"),
         (
             "ids",
-            "ValueError: nt_xent: whether `ids` is given must be the same on all ranks of `group`, got False, True",
+            "ValueError: nt_xent: whether `ids` is given must be the same on all ranks of the group, got False, True",
         ),
-        ("schedule", "ValueError: nt_xent: `schedule` must be the same on all ranks of `group`"),
+        ("schedule", "ValueError: nt_xent: `schedule` must be the same on all ranks of the group"),
         ("function", "must call the same function"),
     ],
 )
@@ -689,7 +707,7 @@ def test_bad_input_of_one_rank_ends_the_call_on_all(ranks: tuple[Path, list[dict
     heard = [ranks[1][process]["refusals"]["refused"] for process in WORLDS[3]]
     assert heard[1].startswith("ValueError: clip_loss: `text_features` must have size 3 in dimension 0")
     for message in (heard[0], heard[2]):
-        assert message.startswith("RuntimeError: clip_loss: rank 1 of `group` refused its arguments")
+        assert message.startswith("RuntimeError: clip_loss: rank 1 of the group refused its arguments")
 
 
 def test_rank_that_is_gone_is_an_error_on_the_others(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -732,12 +750,12 @@ def test_ranks_that_split_the_classes_find_what_one_process_finds(
 
 
 def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    refused = "rank 1 of `group` refused its arguments"
+    refused = "rank 1 of the group refused its arguments"
     messages = {
         "range": ("`target` must hold classes 0 to 11, or `ignore_index`, got 12",) * 2,
         "odd": ("whether `bias` is given must be the same on all ranks",) * 2,
         "one range": ("target` must be the same on all ranks",) * 2,
-        "margin": ("`b` must be the same on all ranks of `group`, got 0, 2, 0, 0",) * 2,
+        "margin": ("`b` must be the same on all ranks of the group, got 0, 2, 0, 0",) * 2,
         "sharpness": (refused, "`a` must be finite and greater than 0"),
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),

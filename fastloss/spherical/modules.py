@@ -260,7 +260,7 @@ class FactoredOutput(nn.Module):
         columns = [weight, linear.bias.detach()[:, None]] if has_bias else [weight]
         group, split = check_group("FactoredOutput", options.pop("class_group", None)), None
         if group is not None:
-            split = agree("FactoredOutput", group, weight, None, (), "auto", {"whether there is a bias": has_bias})
+            split = agree("FactoredOutput", group, weight, None, {}, "auto", {"whether there is a bias": has_bias})
         classes = linear.out_features if split is None else sum(split.rows)
         # The classes of the constructor's own weight are replaced: it need not have them all.
         layer = cls(
@@ -387,7 +387,7 @@ class FactoredOutput(nn.Module):
         count, weighted = target.shape[1], target_weight is not None
         if self._split is not None:
             facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training, **range_of(target)}
-            agree(name, group, self.v, None, (), "auto", facts)
+            agree(name, group, self.v, None, {}, "auto", facts)
         if training and self._open and not self.accumulate:
             raise RuntimeError(
                 f"{name}: second forward before a step; step() or zero_grad() comes between two, "
@@ -527,7 +527,7 @@ class FactoredOutput(nn.Module):
         if self._split is not None:
             announced(name, self._split.group, self._check_step, name, lr, weight_decay)
             facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
-            agree(name, self._split.group, self.v, None, (), "auto", facts)
+            agree(name, self._split.group, self.v, None, {}, "auto", facts)
         if grads is None:
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:

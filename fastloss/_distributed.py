@@ -338,7 +338,7 @@ class AllGather:
             visitors = [(rank - other) % size <= self.hops and other != rank for other in range(size)]
             self.incoming = part.new_empty((self.hops, rows[rank], *part.shape[1:]))
             self.work = dist.all_to_all_single(
-                self.incoming.view(-1, *part.shape[1:]),
+                self.incoming.flatten(0, 1),
                 self.outgoing,
                 [rows[rank] if visitor else 0 for visitor in visitors],
                 splits,

@@ -110,6 +110,7 @@ CASES = [
         for variant in ("clip_loss", "nt_xent")
         for keep in (8, 8 * 40)  # nothing, and the first block of clip_loss
     ),
+    *(Case(variant, (3, 5, 2), s, width=0) for variant in ("info_nce", "clip_loss", "nt_xent") for s in SCHEDULES),
     *(Case(variant, (0, 0, 0), s, "sum") for variant in ("info_nce", "clip_loss", "nt_xent") for s in SCHEDULES),
     *(
         Case(variant, (300, 700), schedule, dtype=dtype, width=33)
@@ -232,6 +233,17 @@ def join(case: Case, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             whole = torch.stack(values) if stacked else torch.cat(values)
             joined[name] = whole if case.reduction == "none" else whole / world
     return joined
+
+
+def infinite_losses(group: Any | None, rank: int | None, schedule: str) -> list[Tensor]:
+    """Of the rows of a rank, or all: the similarity of the first query and the key of another rank overflows."""
+    queries, keys = torch.eye(2).repeat(3, 1), torch.eye(2).flip(0).repeat(3, 1)
+    queries[0, 0] = keys[4, 0] = 1e20
+    rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    options = {"normalize": False, "reduction": "none", "group": group, "schedule": schedule}
+    pair = queries[rows], keys[rows]
+    one, both = (fastloss.info_nce(*pair, symmetric=symmetric, **options) for symmetric in (False, True))
+    return [one, both, *fastloss.nt_xent(*pair, **options).chunk(2)]
 
 
 def mean_gradients_of_ddp(group: Any) -> dict[str, Tensor]:
@@ -595,7 +607,9 @@ def worker(rank: int, folder: str) -> None:
         found |= {form: split_factored(groups[4], form) for form in FORMS}
         found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
-            found["refusals"] = refusals(groups[3], distributed.get_rank(groups[3]))
+            mine = distributed.get_rank(groups[3])
+            found["infinite"] = {schedule: infinite_losses(groups[3], mine, schedule) for schedule in SCHEDULES}
+            found["refusals"] = refusals(groups[3], mine)
         if rank in WORLDS[2]:
             found["compile"] = with_compile_and_meshes(groups[2])
         torch.save(found, f"{folder}/{rank}.pt")
@@ -647,6 +661,14 @@ def test_ranks_find_what_one_process_finds(ranks: tuple[Path, list[dict[str, Any
         assert_as_accurate_as_torch(
             actual[name], expected, baseline[name].to(actual[name].dtype), magnitude=1.0, name=name
         )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_similarity_that_overflows_is_an_infinite_loss(ranks: tuple[Path, list[dict[str, Any]]], schedule: str) -> None:
+    parts = [ranks[1][process]["infinite"][schedule] for process in WORLDS[3]]
+    for expected, *of_ranks in zip(infinite_losses(None, None, schedule), *parts, strict=True):
+        assert expected.isinf().any()
+        torch.testing.assert_close(torch.cat(of_ranks), expected)
 
 
 def test_averaged_gradients_of_an_encoder_are_those_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -394,10 +394,22 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
     odd = rank == 1
     split, whole = fastloss.FactoredOutput(D, 10, class_group=group), fastloss.FactoredOutput(D, 10)
     hidden, target = torch.ones(3, D), torch.tensor([1, 2, 3])
+
+    def step_of_most() -> None:
+        loss = split(hidden, target)
+        if not odd:
+            loss.backward()
+        fastloss.FactoredSGD(split).step()
+
     calls: dict[str, Any] = {
         "width": lambda: split(hidden[:, : D - odd], target),
         "class": lambda: split(hidden, target + 10 * odd),
         "split lr": lambda: split.step(0.1 + odd),
+        "split refused": lambda: split.step(-1.0 if odd else 0.1),
+        "split backward": step_of_most,
+        "without classes": lambda: fastloss.FactoredOutput.from_linear(
+            torch.nn.Linear(D, 0 if odd else 5), class_group=group
+        ),
         "lr": lambda: whole.step(-1.0 if odd else 0.1, group=group),
         "transform": lambda: torch.func.grad(lambda x: fastloss.clip_loss(x, x, 1.0, group=group))(hidden),
     }
@@ -782,6 +794,9 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),
         "layer split lr": ("`lr` must be the same on all ranks",) * 2,
+        "layer split refused": (refused, "`lr` must be finite and at least 0"),
+        "layer split backward": ("whether there is a gradient must be the same on all ranks",) * 2,
+        "layer without classes": ("must have at least one class, got 5, 0, 5, 5",) * 2,
         "layer lr": (refused, "`lr` must be finite and at least 0"),
         "layer transform": ("does not work under torch.func's transforms",) * 2,
     }

@@ -253,7 +253,7 @@ class FactoredOutput(nn.Module):
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
         """The layer with the weight, bias, device and dtype of `linear`; other arguments as in the constructor.
 
-        With `class_group`, `linear` has the classes of this rank, any number of them.
+        With `class_group`, `linear` has the classes of this rank, at least one.
         """
         weight = linear.weight.detach()
         has_bias = linear.bias is not None
@@ -262,6 +262,11 @@ class FactoredOutput(nn.Module):
         if group is not None:
             split = agree("FactoredOutput", group, weight, None, {}, "auto", {"whether there is a bias": has_bias})
         classes = linear.out_features if split is None else sum(split.rows)
+        if split is not None and not all(split.rows):
+            raise ValueError(
+                "FactoredOutput: every rank of `class_group` must have at least one class, "
+                f"got {', '.join(map(str, split.rows))} (rank by rank)"
+            )
         # The classes of the constructor's own weight are replaced: it need not have them all.
         layer = cls(
             linear.in_features, linear.out_features, has_bias, loss, device=weight.device, dtype=weight.dtype, **options
@@ -520,14 +525,15 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        announced(name, group, self._check_step, name, lr, weight_decay)
+        # Whoever waits for this rank hears of it: the ranks with the other classes, and those with other data.
+        split = None if self._split is None else self._split.group
+        announced(name, group, announced, name, split, self._check_step, name, lr, weight_decay)
         grads = _joined(self._pending) if self._pending else None
         if group is not None:
             grads = _gathered(grads, self.v, (lr, weight_decay), group)
-        if self._split is not None:
-            announced(name, self._split.group, self._check_step, name, lr, weight_decay)
+        if split is not None:
             facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
-            agree(name, self._split.group, self.v, None, {}, "auto", facts)
+            agree(name, split, self.v, None, {}, "auto", facts)
         if grads is None:
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
@@ -809,7 +815,7 @@ class FactoredSGD(torch.optim.Optimizer):
         todo = []
         for layer, group in zip(self._layers, self.param_groups, strict=True):
             lr, decay = float(group["lr"]), float(group["weight_decay"])
-            if layer._pending or self._group is not None:
+            if layer._pending or self._group is not None or layer._split is not None:  # for other ranks to see
                 plan = layer._plan(lr, decay, self._group)
                 if plan is not None:
                     todo.append((layer, plan))

@@ -529,12 +529,15 @@ def _common_dtype(first: Tensor, *others: Tensor) -> list[Tensor]:
 def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
     """Dot products or cosines along the last dimension, broadcast, in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
-    dot = (q.to(dtype) * k.to(dtype)).sum(-1)  # autocast would round the products of einsum and vecdot
-    return dot * _inverse_norm(q, dtype) * _inverse_norm(k, dtype) if normalize else dot
+    q, k = q.to(dtype), k.to(dtype)
+    if normalize:  # before the product, which would overflow for long rows; of k, of which there may be many, after it
+        q = q * _inverse_norm(q)
+    dot = (q * k).sum(-1)  # autocast would round the products of einsum and vecdot
+    return dot * _inverse_norm(k).squeeze(-1) if normalize else dot
 
 
-def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+def _inverse_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm == 0, 0, norm.clamp(min=NORM_EPS).reciprocal())
 
 

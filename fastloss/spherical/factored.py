@@ -327,11 +327,12 @@ def refresh(state: State) -> None:
     gram = state.all(gram)
     offset = mean_v @ state.u
     u = state.u.double()
+    inverse = torch.linalg.inv(u)  # may raise: nothing is written yet
     exact = u.T @ gram @ u
     state.gram.copy_((exact + exact.T) / 2)
     state.mean.add_(state.delta).add_(offset)
     state.delta.copy_(-offset)
-    state.inverse.copy_(torch.linalg.inv(u))
+    state.inverse.copy_(inverse)
 
 
 def logits(state: State, hidden: Tensor, classes: Tensor | slice) -> Tensor:

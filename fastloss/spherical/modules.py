@@ -402,7 +402,9 @@ class FactoredOutput(nn.Module):
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
             inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
-            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
+            target_weight = (
+                (~ignored).to(self.v.dtype) if target_weight is None else target_weight.masked_fill(ignored, 0)
+            )
             row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
         if training and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
@@ -491,7 +493,8 @@ class FactoredOutput(nn.Module):
         """The gradient to hidden; that of the weight is kept for the step."""
         if self._revision != ctx.revision:
             raise RuntimeError("FactoredOutput: backward of a forward that came before the last change of the weight")
-        rows, gradient = factored.gradient(self.mean, ctx.entries, ctx.product, g_t, g_v, g_mean)
+        with torch.autocast(self.v.device.type, enabled=False):
+            rows, gradient = factored.gradient(self.mean, ctx.entries, ctx.product, g_t, g_v, g_mean)
         g_t, g_v, g_mean = (x.contiguous() for x in (g_t, g_v, g_mean))
         self._pending.append(factored.Gradients(ctx.hidden, ctx.target, g_t, g_v, g_mean, rows, ctx.product))
         return gradient
@@ -804,6 +807,9 @@ class FactoredSGD(torch.optim.Optimizer):
                 f"{name}: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), got none"
             )
         super().__init__(groups, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": self._layers, "_group": self._group}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

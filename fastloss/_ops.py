@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ def _loop_over_batch(op: Any) -> Callable[..., Any]:
 
 def _one_of_zeros(x: Tensor, dim: int) -> Tensor:
     return x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """For products of fastloss's own outside of ops: an autocast region's dtype is for the user's layers."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -490,6 +490,21 @@ def test_backward_inside_autocast(backend: str) -> None:
     assert torch.equal(*gradients)
 
 
+def test_autocast_does_not_touch_the_layer() -> None:
+    x, linear = torch.randn(4, 5), torch.nn.Linear(5, 30)
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            layer = FactoredOutput.from_linear(linear)
+            started = copy.deepcopy(layer.state_dict())
+            layer.refresh()
+            layer.stabilise()
+            dense = layer.to_linear()
+            told = [layer.logits(x), layer.topk(x, 3)[0], layer.weight(), layer.bias(), torch.tensor(layer.drift())]
+        found.append([*told, dense.weight, *started.values(), *layer.state_dict().values()])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
+
+
 @factors_only
 def test_refresh_that_raises_leaves_the_state() -> None:
     layer, _ = pair()

@@ -85,10 +85,14 @@ def check_scale(
     if not isinstance(value, (int, float)):
         value = float(value)
     # Comparisons, not math.isfinite: torch.compile traces them for a float that it made dynamic.
-    limit = torch.finfo(dtype).max
-    if not -limit <= value <= limit or (positive and value < max(least, 1 / limit)):
+    limit = torch.finfo(torch.float64).max
+    if not -limit <= value <= limit or (positive and (value <= 0 or value < least)):
         bound = f" and at least {least}" if least else " and positive" if positive else ""
         raise ValueError(f"{function}: `{name}` must be finite{bound}, got {_shown(value)}")
+    limit = torch.finfo(dtype).max
+    if not -limit <= value <= limit or (positive and value < 1 / limit):
+        bound = f"{1 / limit if positive else -limit:.3g} to {limit:.3g}"
+        raise ValueError(f"{function}: `{name}` must be in the range of {dtype}, {bound}, got {value}")
 
 
 def _shown(value: float) -> str:

@@ -16,7 +16,7 @@ the ranks (DistributedDataParallel, FSDP) makes dL/d(parameter) of it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastloss._checks import FLOATS
-from fastloss._ops import once
+from fastloss._ops import needs_grad, once
 
 SCHEDULES = ("auto", "all-gather", "ring")
 # "auto": up to this size of the rows of all ranks together they are gathered, beyond it they go round in the ring.
@@ -103,15 +103,16 @@ def agree(
     function: str,
     group: Any,
     x: Tensor,
-    scale: Tensor | None,
-    needs: Sequence[bool],
+    scale: tuple[str, Tensor] | None,
+    differentiable: Mapping[str, Tensor | None],
     schedule: str,
-    same: dict[str, Any],
+    same: Mapping[str, Any],
 ) -> World | None:
     """The world of a loss whose arguments fit together on all ranks; None for a group of one.
 
-    One small all-gather. `x` is the rank's block of rows, `scale` None, () or (rows,); `needs` says which tensors need
-    a gradient; `same` has what must be equal on all ranks, by the words for it.
+    One small all-gather. `x` is the rank's block of rows; `scale` a name and a tensor, () or (rows,); `differentiable`
+    has the tensors by name of which all ranks or none may need a gradient; `same` what must be equal on all ranks, by
+    the words for it.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{function}: with a group of processes it does not work under torch.func's transforms")
@@ -123,18 +124,19 @@ def agree(
         "the dtype": x.dtype,
         "`schedule`": schedule,
         **same,
-        "which tensors need a gradient": sum(1 << i for i, need in enumerate(needs) if need),
+        "which tensors need a gradient": {label: needs_grad(t)[0] for label, t in differentiable.items()},
     }
     # One value for one row may be either; the others tell. Reading a value must not wait for a device.
-    kind, value = _EITHER, 0.0
+    name, kind, value = "", _EITHER, 0.0
     if scale is not None:
-        kind = _ROW_SCALES if scale.dim() else _EITHER if len(x) == 1 else _ONE_SCALE
-        value = float(scale.detach()) if scale.dim() == 0 and scale.device.type == "cpu" else 0.0
+        name, factor = scale
+        kind = _ROW_SCALES if factor.dim() else _EITHER if len(x) == 1 else _ONE_SCALE
+        value = float(factor.detach()) if factor.dim() == 0 and factor.device.type == "cpu" else 0.0
     table = exchange(function, group, [len(x), kind, value, *(_code(v) for v in same.values())])
 
     def differ(what: str, got: Sequence[str]) -> ValueError:
         shown = ", ".join(got)
-        return ValueError(f"{function}: {what} must be the same on all ranks of `group`, got {shown} (rank by rank)")
+        return ValueError(f"{function}: {what} must be the same on all ranks of the group, got {shown} (rank by rank)")
 
     rows, kinds, values, *columns = zip(*table, strict=True)
     for (what, mine), codes in zip(same.items(), columns, strict=True):
@@ -142,9 +144,9 @@ def agree(
             raise differ(what, [_text(mine, code) for code in codes])
     row_scales = _ROW_SCALES in kinds
     if row_scales and _ONE_SCALE in kinds:
-        raise differ("whether the scale is one value a row", [str(k != _ONE_SCALE) for k in kinds])
+        raise differ(f"whether `{name}` has one value a row", [str(k != _ONE_SCALE) for k in kinds])
     if not row_scales and len({str(v) for v in values}) > 1:  # as text, NaN is itself
-        raise differ("the scale", [f"{v:g}" for v in values])
+        raise differ(f"`{name}`", _told_apart(values))
     gathered = int(size * max(rows) * x.shape[1] * x.element_size())
     return World(group, dist.get_rank(group), size, tuple(int(n) for n in rows), schedule, gathered, row_scales)
 
@@ -166,9 +168,9 @@ def exchange(function: str, group: Any, numbers: Sequence[float]) -> list[list[f
     table = _show(group, [_AGREED, zlib.crc32(function.encode()), *numbers])
     for rank, shown in enumerate(table):
         if shown[0] == _REFUSED:
-            raise RuntimeError(f"{function}: rank {rank} of `group` refused its arguments; its own error says why")
+            raise RuntimeError(f"{function}: rank {rank} of the group refused its arguments; its own error says why")
     if len({shown[1] for shown in table}) > 1:
-        raise ValueError(f"{function}: all ranks of `group` must call the same function, some called another")
+        raise ValueError(f"{function}: all ranks of the group must call the same function, some called another")
     return [shown[2 : 2 + len(numbers)] for shown in table]
 
 
@@ -188,6 +190,8 @@ def _code(value: Any) -> float:
         return FLOATS.index(value)
     if isinstance(value, str):
         return zlib.crc32(value.encode())
+    if isinstance(value, dict):
+        return sum(1 << i for i, flag in enumerate(value.values()) if flag)
     return float(value)
 
 
@@ -199,7 +203,18 @@ def _text(value: Any, code: float) -> str:
         return str(bool(code))
     if isinstance(value, str):
         return repr(value) if code == _code(value) else "another"
+    if isinstance(value, dict):
+        return " and ".join(f"`{name}`" for i, name in enumerate(value) if int(code) >> i & 1) or "none"
     return f"{code:.17g}"
+
+
+def _told_apart(values: Sequence[float]) -> list[str]:
+    """In as few digits as tell those that differ apart."""
+    for digits in (6, 9, 17):
+        shown = [f"{v:.{digits}g}" for v in values]
+        if len(set(shown)) == len({str(v) for v in values}):
+            break
+    return shown
 
 
 class _Total(torch.autograd.Function):
@@ -323,7 +338,7 @@ class AllGather:
             visitors = [(rank - other) % size <= self.hops and other != rank for other in range(size)]
             self.incoming = part.new_empty((self.hops, rows[rank], *part.shape[1:]))
             self.work = dist.all_to_all_single(
-                self.incoming.view(-1, *part.shape[1:]),
+                self.incoming.flatten(0, 1),
                 self.outgoing,
                 [rows[rank] if visitor else 0 for visitor in visitors],
                 splits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,9 +48,10 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def _ordinary_keys() -> frozenset[int]:
-    plain = torch.empty(0)
+    # On the CPU whatever the default device, which may be set before this import.
+    plain = torch.empty(0, device="cpu")
     with torch.inference_mode():
-        return frozenset(_dispatch_keys(x).raw_repr() for x in (plain, torch.empty(0)))
+        return frozenset(_dispatch_keys(x).raw_repr() for x in (plain, torch.empty(0, device="cpu")))
 
 
 _ORDINARY = _ordinary_keys()
@@ -99,6 +101,12 @@ def _loop_over_batch(op: Any) -> Callable[..., Any]:
 
 def _one_of_zeros(x: Tensor, dim: int) -> Tensor:
     return x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """For products of fastloss's own outside of ops: an autocast region's dtype is for the user's layers."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

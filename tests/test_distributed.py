@@ -110,6 +110,7 @@ CASES = [
         for variant in ("clip_loss", "nt_xent")
         for keep in (8, 8 * 40)  # nothing, and the first block of clip_loss
     ),
+    *(Case(variant, (3, 5, 2), s, width=0) for variant in ("info_nce", "clip_loss", "nt_xent") for s in SCHEDULES),
     *(Case(variant, (0, 0, 0), s, "sum") for variant in ("info_nce", "clip_loss", "nt_xent") for s in SCHEDULES),
     *(
         Case(variant, (300, 700), schedule, dtype=dtype, width=33)
@@ -232,6 +233,17 @@ def join(case: Case, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             whole = torch.stack(values) if stacked else torch.cat(values)
             joined[name] = whole if case.reduction == "none" else whole / world
     return joined
+
+
+def infinite_losses(group: Any | None, rank: int | None, schedule: str) -> list[Tensor]:
+    """Of the rows of a rank, or all: the similarity of the first query and the key of another rank overflows."""
+    queries, keys = torch.eye(2).repeat(3, 1), torch.eye(2).flip(0).repeat(3, 1)
+    queries[0, 0] = keys[4, 0] = 1e20
+    rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    options = {"normalize": False, "reduction": "none", "group": group, "schedule": schedule}
+    pair = queries[rows], keys[rows]
+    one, both = (fastloss.info_nce(*pair, symmetric=symmetric, **options) for symmetric in (False, True))
+    return [one, both, *fastloss.nt_xent(*pair, **options).chunk(2)]
 
 
 def mean_gradients_of_ddp(group: Any) -> dict[str, Tensor]:
@@ -382,10 +394,22 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
     odd = rank == 1
     split, whole = fastloss.FactoredOutput(D, 10, class_group=group), fastloss.FactoredOutput(D, 10)
     hidden, target = torch.ones(3, D), torch.tensor([1, 2, 3])
+
+    def step_of_most() -> None:
+        loss = split(hidden, target)
+        if not odd:
+            loss.backward()
+        fastloss.FactoredSGD(split).step()
+
     calls: dict[str, Any] = {
         "width": lambda: split(hidden[:, : D - odd], target),
         "class": lambda: split(hidden, target + 10 * odd),
         "split lr": lambda: split.step(0.1 + odd),
+        "split refused": lambda: split.step(-1.0 if odd else 0.1),
+        "split backward": step_of_most,
+        "without classes": lambda: fastloss.FactoredOutput.from_linear(
+            torch.nn.Linear(D, 0 if odd else 5), class_group=group
+        ),
         "lr": lambda: whole.step(-1.0 if odd else 0.1, group=group),
         "transform": lambda: torch.func.grad(lambda x: fastloss.clip_loss(x, x, 1.0, group=group))(hidden),
     }
@@ -442,7 +466,12 @@ def refusals(group: Any, rank: int) -> dict[str, str]:
         "reduction": lambda: fastloss.info_nce(x, x, reduction="sum" if odd else "mean", group=group),
         "symmetric": lambda: fastloss.info_nce(x, x, symmetric=odd, group=group),
         "temperature": lambda: fastloss.nt_xent(x, x, 0.5 + odd, group=group),
-        "gradient": lambda: fastloss.nt_xent(x.clone().requires_grad_(odd), x, group=group),
+        "digits": lambda: fastloss.clip_loss(x, x, torch.tensor(14.285714 + 1e-6 * odd), group=group),
+        "row scales": lambda: fastloss.nt_xent(x, x, torch.ones(3) if odd else 1.0, group=group),
+        "gradient": lambda: fastloss.nt_xent(
+            x.clone().requires_grad_(odd), x, torch.tensor(0.5, requires_grad=odd), group=group
+        ),
+        "gradient of negatives": lambda: fastloss.info_nce(x, x, x.clone().requires_grad_(odd), group=group),
         "ids": lambda: fastloss.nt_xent(x, x, ids=torch.arange(3) if odd else None, group=group),
         "schedule": lambda: fastloss.nt_xent(x, x, group=group, schedule="ring" if odd else "auto"),
         "function": lambda: fastloss.nt_xent(x, x, group=group) if odd else fastloss.clip_loss(x, x, 1.0, group=group),
@@ -590,7 +619,9 @@ def worker(rank: int, folder: str) -> None:
         found |= {form: split_factored(groups[4], form) for form in FORMS}
         found["classes"] = split_classes(groups[4])
         if rank in WORLDS[3]:
-            found["refusals"] = refusals(groups[3], distributed.get_rank(groups[3]))
+            mine = distributed.get_rank(groups[3])
+            found["infinite"] = {schedule: infinite_losses(groups[3], mine, schedule) for schedule in SCHEDULES}
+            found["refusals"] = refusals(groups[3], mine)
         if rank in WORLDS[2]:
             found["compile"] = with_compile_and_meshes(groups[2])
         torch.save(found, f"{folder}/{rank}.pt")
@@ -644,6 +675,14 @@ def test_ranks_find_what_one_process_finds(ranks: tuple[Path, list[dict[str, Any
         )
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_similarity_that_overflows_is_an_infinite_loss(ranks: tuple[Path, list[dict[str, Any]]], schedule: str) -> None:
+    parts = [ranks[1][process]["infinite"][schedule] for process in WORLDS[3]]
+    for expected, *of_ranks in zip(infinite_losses(None, None, schedule), *parts, strict=True):
+        assert expected.isinf().any()
+        torch.testing.assert_close(torch.cat(of_ranks), expected)
+
+
 def test_averaged_gradients_of_an_encoder_are_those_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     model = towers()
     loss = fastloss.reference.clip_loss(*model(batch()))
@@ -657,26 +696,39 @@ def test_averaged_gradients_of_an_encoder_are_those_of_one_process(ranks: tuple[
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("width", "ValueError: clip_loss: the width must be the same on all ranks of `group`, got 6, 5, 6"),
+        ("width", "ValueError: clip_loss: the width must be the same on all ranks of the group, got 6, 5, 6"),
         (
             "dtype",
-            "ValueError: clip_loss: the dtype must be the same on all ranks of `group`, got torch.float32, torch.f",
+            "ValueError: clip_loss: the dtype must be the same on all ranks of the group, got torch.float32, torch.f",
         ),
         ("reduction", "ValueError: info_nce: `reduction` must be the same on all ranks"),
         (
             "symmetric",
-            "ValueError: info_nce: `symmetric` must be the same on all ranks of `group`, got False, True, False",
+            "ValueError: info_nce: `symmetric` must be the same on all ranks of the group, got False, True, False",
         ),
         (
             "temperature",
-            "ValueError: nt_xent: the scale must be the same on all ranks of `group`, got 2, 0.66",
+            "ValueError: nt_xent: `temperature` must be the same on all ranks of the group, got 0.5, 1.5, 0.5 (rank by",
         ),
-        ("gradient", "ValueError: nt_xent: which tensors need a gradient must be the same on all ranks"),
+        (
+            "digits",
+            "clip_loss: `logit_scale` must be the same on all ranks of the group, got 14.2857141, 14.2857151",
+        ),
+        (
+            "row scales",
+            "ValueError: nt_xent: whether `temperature` has one value a row must be the same on all ranks",
+        ),
+        (
+            "gradient",
+            "ValueError: nt_xent: which tensors need a gradient must be the same on all ranks of the group, got none, "
+            "`z0` and `temperature`, none (rank by rank)",
+        ),
+        ("gradient of negatives", "got none, `negative_keys`, none (rank by rank)"),
         (
             "ids",
-            "ValueError: nt_xent: whether `ids` is given must be the same on all ranks of `group`, got False, True",
+            "ValueError: nt_xent: whether `ids` is given must be the same on all ranks of the group, got False, True",
         ),
-        ("schedule", "ValueError: nt_xent: `schedule` must be the same on all ranks of `group`"),
+        ("schedule", "ValueError: nt_xent: `schedule` must be the same on all ranks of the group"),
         ("function", "must call the same function"),
     ],
 )
@@ -689,7 +741,7 @@ def test_bad_input_of_one_rank_ends_the_call_on_all(ranks: tuple[Path, list[dict
     heard = [ranks[1][process]["refusals"]["refused"] for process in WORLDS[3]]
     assert heard[1].startswith("ValueError: clip_loss: `text_features` must have size 3 in dimension 0")
     for message in (heard[0], heard[2]):
-        assert message.startswith("RuntimeError: clip_loss: rank 1 of `group` refused its arguments")
+        assert message.startswith("RuntimeError: clip_loss: rank 1 of the group refused its arguments")
 
 
 def test_rank_that_is_gone_is_an_error_on_the_others(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -732,16 +784,19 @@ def test_ranks_that_split_the_classes_find_what_one_process_finds(
 
 
 def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    refused = "rank 1 of `group` refused its arguments"
+    refused = "rank 1 of the group refused its arguments"
     messages = {
         "range": ("`target` must hold classes 0 to 11, or `ignore_index`, got 12",) * 2,
         "odd": ("whether `bias` is given must be the same on all ranks",) * 2,
         "one range": ("target` must be the same on all ranks",) * 2,
-        "margin": ("`b` must be the same on all ranks of `group`, got 0, 2, 0, 0",) * 2,
+        "margin": ("`b` must be the same on all ranks of the group, got 0, 2, 0, 0",) * 2,
         "sharpness": (refused, "`a` must be finite and greater than 0"),
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),
         "layer split lr": ("`lr` must be the same on all ranks",) * 2,
+        "layer split refused": (refused, "`lr` must be finite and at least 0"),
+        "layer split backward": ("whether there is a gradient must be the same on all ranks",) * 2,
+        "layer without classes": ("must have at least one class, got 5, 0, 5, 5",) * 2,
         "layer lr": (refused, "`lr` must be finite and at least 0"),
         "layer transform": ("does not work under torch.func's transforms",) * 2,
     }

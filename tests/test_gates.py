@@ -139,6 +139,15 @@ def test_instruction_set_can_be_chosen_by_environment() -> None:
     assert "baseline;" in run.stdout
 
 
+def test_import_under_another_default_device() -> None:
+    code = (
+        "import torch; torch.set_default_device('meta'); import fastloss\n"
+        "print([fastloss._ops.unobserved([torch.ones(1, device=d)]) for d in ('cpu', 'meta')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[True, False]"
+
+
 @every_op
 @pytest.mark.parametrize("backend", ["native", "portable"])
 def test_memory_stays_within_the_model(op: Op, backend: str) -> None:

@@ -229,6 +229,7 @@ void factored_gradient(const T* rows, const T* product, const T* mean_row, const
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
     T* w = weighted + i * d;
+    if (pairs == 0) fill(w, d, [](int64_t, int) { return Vec<T>{}; });
     for (int64_t k = 0; k < pairs; ++k) {
       const T g = g_t[i * pairs + k];
       const T* row = rows + (i * pairs + k) * d;

@@ -79,18 +79,18 @@ class _SimilarityLse(torch.autograd.Function):
         for owner, block in tour.blocks(_parcel(k, k_ids, col_scale)):
             own = owner == world.rank
             right, ids, scale = _unpacked(block, k_ids, col_scale)
-            _, _, c_ii, row_stats, col_stats, similarities = ops.similarity_lse_fwd(
+            row_lse, col_lse, c_ii, row_stats, col_stats, similarities = ops.similarity_lse_fwd(
                 left, right.to(left.dtype), row_scale, scale, q_ids, ids, normalize, own, keep(len(q) * len(right))
             )
             kept.append(similarities)
-            _merge(row, _state(row_stats))
+            _merge(row, _state(row_lse, row_stats))
             if own:
                 diagonal = c_ii
             if col_scale is not None:
                 if own:
-                    _merge(col, _state(col_stats))
+                    _merge(col, _state(col_lse, col_stats))
                 else:
-                    tour.give(owner, _state(col_stats))
+                    tour.give(owner, _state(col_lse, col_stats))
         if col_scale is not None:
             _merge(col, tour.returned())
         row_sums, col_sums = _softmax(row), _softmax(col)
@@ -172,18 +172,18 @@ class _SelfSimilarityLse(torch.autograd.Function):
         kept: list[Tensor] = []
         for owner, block in tour.blocks(_parcel(x, ids, scale)):
             if owner == world.rank:
-                _merge(state, _state(ops.self_similarity_lse_fwd(left, scale, own_ids, normalize)[1]))
+                _merge(state, _state(*ops.self_similarity_lse_fwd(left, scale, own_ids, normalize)))
                 continue
             right, other_ids, other_scale = _unpacked(block, ids, scale)
             rows, columns = _share(world, owner)
-            _, _, _, row_stats, col_stats, similarities = ops.similarity_lse_fwd(
+            row_lse, col_lse, _, row_stats, col_stats, similarities = ops.similarity_lse_fwd(
                 left[rows], right[columns].to(left.dtype), _part(scale, rows), _part(other_scale, columns),
                 _part(ids, rows), _part(other_ids, columns), normalize, False, keep(_length(rows) * _length(columns)),
             )  # fmt: skip
             kept.append(similarities)
-            _merge(state[rows], _state(row_stats))
+            _merge(state[rows], _state(row_lse, row_stats))
             theirs = _nothing(len(right), scale)
-            theirs[columns] = _state(col_stats)
+            theirs[columns] = _state(col_lse, col_stats)
             tour.give(owner, theirs)
         _merge(state, tour.returned())
         sums = _softmax(state)
@@ -296,18 +296,20 @@ def _with_scale(grad: Tensor, per_row: Tensor) -> Tensor:
     return torch.cat((grad if grad.dim() == 2 else grad.view(len(per_row), 0), per_row.unsqueeze(1)), 1)
 
 
-# A state is (n, 2): the maximum of the base-2 logits of a row, -inf where nothing was seen, and the sum of 2^(z - max).
+# A state is (n, 2): the maximum of the base-2 logits of a row, -inf where nothing was seen, and the sum of 2^(z - max);
+# both are inf where a logit was.
 
 
 def _nothing(n: int, like: Tensor) -> Tensor:
     return like.new_tensor([-math.inf, 0.0]).repeat(n, 1)
 
 
-def _state(stats: Tensor) -> Tensor:
-    """Of the statistics (2, n) that the ops return."""
-    shift, inverse = stats
-    unseen = inverse == 0
-    return torch.stack((shift.masked_fill(unseen, -math.inf), inverse.reciprocal().masked_fill_(unseen, 0)), 1)
+def _state(lse: Tensor, stats: Tensor) -> Tensor:
+    """Of the log-sum-exps (n,) and the statistics (2, n) that the ops return."""
+    shift, inverse = stats  # 0 and 0 where lse is infinite
+    return torch.stack(
+        (torch.where(inverse == 0, lse, shift), inverse.reciprocal().masked_fill_(lse == -math.inf, 0)), 1
+    )
 
 
 def _merge(state: Tensor, other: Tensor) -> Tensor:

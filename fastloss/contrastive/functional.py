@@ -27,7 +27,7 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import SCHEDULES, World, agree, announced, shared, total
-from fastloss._ops import accumulation_dtype, needs_grad
+from fastloss._ops import accumulation_dtype
 from fastloss.contrastive import distributed
 from fastloss.contrastive.ops import nll, pair_nll, self_similarity_lse, similarity_lse
 from fastloss.contrastive.tiles import NORM_EPS
@@ -153,7 +153,7 @@ def info_nce(
     """
     name = "info_nce"
     group = check_group(name, group)
-    query, positive_key, negative_keys, extra_negatives, scale, query_ids, key_ids, extra_ids = announced(
+    query, positive_key, negative_keys, extra_negatives, temperature, query_ids, key_ids, extra_ids = announced(
         name, group, _info_nce_arguments, query, positive_key, negative_keys, temperature, reduction, negative_mode,
         normalize, symmetric, query_ids, key_ids, extra_negatives, schedule,
     )  # fmt: skip
@@ -166,9 +166,15 @@ def info_nce(
             "whether `negative_keys` is given": negative_keys is not None,
             "whether `query_ids` is given": query_ids is not None,
         }
-        world = agree(name, group, query, scale, needs_grad(query, positive_key, scale), schedule, facts)
-    if world is not None:
-        scale = shared(world, scale)
+        differentiable = {
+            "query": query,
+            "positive_key": positive_key,
+            "temperature": temperature,
+            "negative_keys": negative_keys,
+            "extra_negatives": extra_negatives,
+        }
+        world = agree(name, group, query, ("temperature", temperature), differentiable, schedule, facts)
+    scale = (temperature if world is None else shared(world, temperature)).reciprocal()
 
     if negative_keys is not None:
         positive = scale * _row_similarity(query, positive_key, normalize)
@@ -275,9 +281,12 @@ def clip_loss(
             "`reduction`": reduction,
             "whether `image_ids` is given": image_ids is not None,
         }
-        world = agree(
-            name, group, image_features, scale, needs_grad(image_features, text_features, scale), schedule, facts
-        )
+        differentiable = {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": scale,
+        }
+        world = agree(name, group, image_features, ("logit_scale", scale), differentiable, schedule, facts)
     if world is not None:
         scale = shared(world, scale)
     if reduction == "none" or world is not None:
@@ -343,30 +352,32 @@ def nt_xent(
     """
     name = "nt_xent"
     group = check_group(name, group)
-    z0, z1, scale, ids = announced(
+    z0, z1, temperature, ids = announced(
         name, group, _nt_xent_arguments, z0, z1, temperature, reduction, normalize, ids, schedule
     )
-    b = len(z0)
+    b, world = len(z0), None
     if group is not None:
         facts = {
             "`reduction`": reduction,
             "`normalize`": normalize,
             "whether `ids` is given": ids is not None,
         }
-        world = agree(name, group, z0, scale, needs_grad(z0, z1, scale), schedule, facts)
-        if world is not None:
-            scale, views = shared(world, scale), world.views(2)
-            own = torch.arange(b, device=z0.device) if ids is None else ids
-            negatives = distributed.self_similarity_lse(
-                views,
-                torch.cat((z0, z1)),
-                _twice(scale),
-                torch.cat((own, own)),
-                None if ids is None else torch.cat((ids, ids)),
-                normalize=normalize,
-            )
-            positive = scale * _row_similarity(z0, z1, normalize)
-            return _reduce(nll(negatives, torch.cat((positive, positive))), reduction, views)
+        differentiable = {"z0": z0, "z1": z1, "temperature": temperature}
+        world = agree(name, group, z0, ("temperature", temperature), differentiable, schedule, facts)
+    scale = (temperature if world is None else shared(world, temperature)).reciprocal()
+    if world is not None:
+        views = world.views(2)
+        own = torch.arange(b, device=z0.device) if ids is None else ids
+        negatives = distributed.self_similarity_lse(
+            views,
+            torch.cat((z0, z1)),
+            _twice(scale),
+            torch.cat((own, own)),
+            None if ids is None else torch.cat((ids, ids)),
+            normalize=normalize,
+        )
+        positive = scale * _row_similarity(z0, z1, normalize)
+        return _reduce(nll(negatives, torch.cat((positive, positive))), reduction, views)
     if reduction != "none" and (2 * b) ** 2 * z0.shape[1] <= SMALL_SELF_SIMILARITY:
         own = torch.arange(b, device=z0.device) if ids is None else ids
         # Equal ids are left out but for the pair (i, i), which is (anchor, other view): also an anchor with itself.
@@ -396,7 +407,7 @@ def _info_nce_arguments(
 ) -> tuple[
     Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None
 ]:  # fmt: skip
-    """Checked, in one dtype; the temperature as a scale, and the ids of the extra negatives apart from the others."""
+    """Checked, in one dtype; the temperature as a tensor, and the ids of the extra negatives apart from the others."""
     name = "info_nce"
     check_flag(name, "normalize", normalize)
     check_flag(name, "symmetric", symmetric)
@@ -426,7 +437,7 @@ def _info_nce_arguments(
         query, positive_key, extra_negatives = _common_dtype(query, positive_key, extra_negatives)
     else:
         query, positive_key = _common_dtype(query, positive_key)
-    scale = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True).reciprocal()
+    temperature = check_scalar_or_rows(name, "temperature", temperature, b, query, positive=True)
     extra_ids = None
     if query_ids is None:
         if key_ids is not None:
@@ -444,7 +455,7 @@ def _info_nce_arguments(
             key_ids, extra_ids = key_ids[:b], key_ids[b:]
         else:
             key_ids = check_ids(name, "key_ids", key_ids, (b,), "query", query)
-    return query, positive_key, negative_keys, extra_negatives, scale, query_ids, key_ids, extra_ids
+    return query, positive_key, negative_keys, extra_negatives, temperature, query_ids, key_ids, extra_ids
 
 
 def _clip_arguments(
@@ -482,12 +493,10 @@ def _nt_xent_arguments(
     _check_pair(name, "z0", z0, "z1", z1)
     b = len(z0)
     z0, z1 = _common_dtype(z0, z1)
-    scale = check_scalar_or_rows(
-        name, "temperature", temperature, b, z0, positive=True, least=MIN_TEMPERATURE
-    ).reciprocal()
+    temperature = check_scalar_or_rows(name, "temperature", temperature, b, z0, positive=True, least=MIN_TEMPERATURE)
     if ids is not None:
         ids = check_ids(name, "ids", ids, (b,), "z0", z0)
-    return z0, z1, scale, ids
+    return z0, z1, temperature, ids
 
 
 def _sweep(world: World | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -520,12 +529,15 @@ def _common_dtype(first: Tensor, *others: Tensor) -> list[Tensor]:
 def _row_similarity(q: Tensor, k: Tensor, normalize: bool) -> Tensor:
     """Dot products or cosines along the last dimension, broadcast, in the accumulation dtype."""
     dtype = accumulation_dtype(q.dtype)
-    dot = (q.to(dtype) * k.to(dtype)).sum(-1)  # autocast would round the products of einsum and vecdot
-    return dot * _inverse_norm(q, dtype) * _inverse_norm(k, dtype) if normalize else dot
+    q, k = q.to(dtype), k.to(dtype)
+    if normalize:  # before the product, which would overflow for long rows; of k, of which there may be many, after it
+        q = q * _inverse_norm(q)
+    dot = (q * k).sum(-1)  # autocast would round the products of einsum and vecdot
+    return dot * _inverse_norm(k).squeeze(-1) if normalize else dot
 
 
-def _inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+def _inverse_norm(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm == 0, 0, norm.clamp(min=NORM_EPS).reciprocal())
 
 

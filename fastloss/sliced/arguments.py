@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -241,12 +240,6 @@ def given_directions(function: str, x: Tensor, projections: Any, *, columns: boo
 
 
 # ---------------------------------------------------------------- results
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """For products of these functions' own: an autocast region's dtype is for the user's layers."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def rooted(mean: Tensor, p: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import check_number, check_reduction
-from fastloss._ops import accumulation_dtype
+from fastloss._ops import accumulation_dtype, full_precision
 from fastloss.sliced.arguments import (
     check_cloud,
     check_count,
@@ -23,7 +23,6 @@ from fastloss.sliced.arguments import (
     check_width,
     directions,
     draw,
-    full_precision,
     paired_clouds,
     reduced,
     rooted,

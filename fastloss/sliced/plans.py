@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastloss._checks import check_number
-from fastloss.sliced.arguments import check_count, full_precision, rooted
+from fastloss._ops import full_precision
+from fastloss.sliced.arguments import check_count, rooted
 from fastloss.sliced.ops import sort_slices
 from fastloss.sliced.pot import pot_arguments
 from fastloss.sliced.tiles import cumulative

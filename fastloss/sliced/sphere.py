@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss._checks import FLOATS, check_device
+from fastloss._ops import full_precision
 from fastloss.sliced.arguments import (
     check_cloud,
     check_count,
@@ -17,7 +18,6 @@ from fastloss.sliced.arguments import (
     check_p,
     check_weights,
     check_width,
-    full_precision,
     rooted,
     seeded,
     sum_tolerance,

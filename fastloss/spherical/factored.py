@@ -243,14 +243,19 @@ def commit(plan: Plan) -> int:
     return moved
 
 
+def _probes(state: State, count: int) -> Tensor:
+    """The same random vectors (d, count) on every rank and at every look."""
+    width = len(state.u)
+    generator = torch.Generator("cpu").manual_seed(width)
+    return torch.randn(width, count, generator=generator, dtype=torch.float64, device="cpu").to(state.u)
+
+
 def watch(state: State) -> tuple[float, float]:
     """An estimate of max(s, 1 / s) over the singular values s of U, and the error of its inverse, from a few vectors.
 
     The estimate comes from a block power iteration; it is not above the truth but for rounding, and close to it.
     """
-    width = len(state.u)
-    start = torch.randn(width, min(width, PROBES), generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-    start = start.to(state.u)
+    start = _probes(state, min(len(state.u), PROBES))
     error = torch.linalg.vector_norm(state.inverse @ (state.u @ start) - start) / torch.linalg.vector_norm(start)
     scale = 1.0
     for matrix in (state.u, state.inverse):
@@ -289,8 +294,7 @@ def stabilise(state: State, limit: float) -> int:
 def drift(state: State) -> float:
     """Relative error of the kept column means and Gram, from a few vectors; one read of V."""
     width = len(state.u)
-    probes = torch.randn(width, PROBES, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-    probes = (probes / width**0.5).to(state.u)
+    probes = _probes(state, PROBES) / width**0.5
     inner, offset = state.u @ probes, state.delta @ probes
     total = torch.zeros(PROBES, dtype=torch.float64, device=inner.device)
     product = torch.zeros(width, PROBES, dtype=torch.float64, device=inner.device)
@@ -323,11 +327,12 @@ def refresh(state: State) -> None:
     gram = state.all(gram)
     offset = mean_v @ state.u
     u = state.u.double()
+    inverse = torch.linalg.inv(u)  # may raise: nothing is written yet
     exact = u.T @ gram @ u
     state.gram.copy_((exact + exact.T) / 2)
     state.mean.add_(state.delta).add_(offset)
     state.delta.copy_(-offset)
-    state.inverse.copy_(torch.linalg.inv(u))
+    state.inverse.copy_(inverse)
 
 
 def logits(state: State, hidden: Tensor, classes: Tensor | slice) -> Tensor:

@@ -28,7 +28,6 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import World, agree, announced
-from fastloss._ops import needs_grad
 from fastloss.spherical.distributed import range_of, split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
 from fastloss.spherical.tiles import accumulation_dtype
@@ -652,7 +651,8 @@ def _linear_rows(
             **range_of(target),
             **(options or {}),
         }
-        world = agree(name, class_group, weight, None, needs_grad(hidden, weight, bias), "auto", facts)
+        differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+        world = agree(name, class_group, weight, None, differentiable, "auto", facts)
     if world is None:
         classes, moments = weight.shape[0], linear_moments(hidden, weight, bias, target, name)
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import World, agree, all_sum, announced, exchange
+from fastloss._ops import full_precision
 from fastloss.spherical import dense, factored
 from fastloss.spherical.distributed import range_of
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
 EPS = {"z": 1e-12, "spherical": 1e-6, "taylor": 0.0, "mse": 0.0}
 COUNTERS = ("steps", "stabilisations", "moved_directions", "inversions", "refreshes")
@@ -35,6 +38,17 @@ INVERSE_ERROR, DRIFT = 128, 256  # in units in the last place: what is allowed
 SEEN = 16  # more than this at a look at the Gram, and it is computed anew
 FEW = 64  # classes whose products cost less than the calls around them
 TILE = 2**22  # logits in a tile of topk
+
+
+def _in_own_dtype(method: Method) -> Method:
+    """Autocast would round the products of the layer's state."""
+
+    @functools.wraps(method)
+    def run(self: FactoredOutput, *args: Any, **options: Any) -> Any:
+        with full_precision(self.v):
+            return method(self, *args, **options)
+
+    return cast(Method, run)
 
 
 def few(classes: int, width: int) -> bool:
@@ -233,7 +247,8 @@ class FactoredOutput(nn.Module):
         self._start(weight.div_(math.sqrt(in_features)))
 
     def _start(self, weight: Tensor) -> None:
-        state = self._form.from_dense(weight, self._split)
+        with full_precision(weight):
+            state = self._form.from_dense(weight, self._split)
         for name in self._numbers():
             self.register_buffer(name, getattr(state, name))
 
@@ -253,15 +268,20 @@ class FactoredOutput(nn.Module):
     def from_linear(cls, linear: nn.Linear, loss: str | LossOfSums = "z", **options: Any) -> FactoredOutput:
         """The layer with the weight, bias, device and dtype of `linear`; other arguments as in the constructor.
 
-        With `class_group`, `linear` has the classes of this rank, any number of them.
+        With `class_group`, `linear` has the classes of this rank, at least one.
         """
         weight = linear.weight.detach()
         has_bias = linear.bias is not None
         columns = [weight, linear.bias.detach()[:, None]] if has_bias else [weight]
         group, split = check_group("FactoredOutput", options.pop("class_group", None)), None
         if group is not None:
-            split = agree("FactoredOutput", group, weight, None, (), "auto", {"whether there is a bias": has_bias})
+            split = agree("FactoredOutput", group, weight, None, {}, "auto", {"whether there is a bias": has_bias})
         classes = linear.out_features if split is None else sum(split.rows)
+        if split is not None and not all(split.rows):
+            raise ValueError(
+                "FactoredOutput: every rank of `class_group` must have at least one class, "
+                f"got {', '.join(map(str, split.rows))} (rank by rank)"
+            )
         # The classes of the constructor's own weight are replaced: it need not have them all.
         layer = cls(
             linear.in_features, linear.out_features, has_bias, loss, device=weight.device, dtype=weight.dtype, **options
@@ -271,6 +291,7 @@ class FactoredOutput(nn.Module):
         return layer
 
     @torch.no_grad()
+    @_in_own_dtype
     def to_linear(self) -> nn.Linear:
         """An ``nn.Linear`` with the implied weight and bias, with `class_group` of this rank's classes."""
         linear = nn.Linear(
@@ -282,11 +303,13 @@ class FactoredOutput(nn.Module):
             linear.bias.copy_(weight[:, self.in_features])
         return linear
 
+    @_in_own_dtype
     def weight(self) -> Tensor:
         """The implied weight (C, D); with `class_group`, this rank's rows of it, as :meth:`bias`."""
         weight: Tensor = self._form.to_dense(self._state(), slice(self.in_features))
         return weight
 
+    @_in_own_dtype
     def bias(self) -> Tensor | None:
         """The implied bias (C,), None in a layer without."""
         return self._form.to_dense(self._state(), slice(-1, None))[:, 0] if self.has_bias else None
@@ -316,6 +339,7 @@ class FactoredOutput(nn.Module):
         return ids
 
     @torch.no_grad()
+    @_in_own_dtype
     def logits(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits (B, C), or (B, N) of the classes (N,), without gradient."""
         name = "FactoredOutput.logits"
@@ -337,8 +361,9 @@ class FactoredOutput(nn.Module):
         return logits
 
     @torch.no_grad()
+    @_in_own_dtype
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest logits (B, k), sorted, and their classes (B, k); at most 2^22 logits are held at a time."""
+        """The k largest logits (B, k), sorted, and their classes (B, k); at most 2^22 logits, or k a row, at a time."""
         name = "FactoredOutput.topk"
         hidden = self._hidden(name, hidden)
         check_int(name, "k", k, least=1, most=self.num_classes)
@@ -387,7 +412,7 @@ class FactoredOutput(nn.Module):
         count, weighted = target.shape[1], target_weight is not None
         if self._split is not None:
             facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training, **range_of(target)}
-            agree(name, group, self.v, None, (), "auto", facts)
+            agree(name, group, self.v, None, {}, "auto", facts)
         if training and self._open and not self.accumulate:
             raise RuntimeError(
                 f"{name}: second forward before a step; step() or zero_grad() comes between two, "
@@ -397,12 +422,14 @@ class FactoredOutput(nn.Module):
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
             inputs = torch.where(rows[:, None], 0, inputs)  # NaN there must not reach a gradient through 0 * NaN
-            target_weight = (~ignored).to(self.v.dtype) if target_weight is None else target_weight * ~ignored
+            target_weight = (
+                (~ignored).to(self.v.dtype) if target_weight is None else target_weight.masked_fill(ignored, 0)
+            )
             row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
         if training and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
         weights = [w for w in (target_weight, row_weight) if w is not None]
-        with torch.autocast(inputs.device.type, enabled=False):
+        with full_precision(inputs):
             if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
                 share = self._share(len(hidden), target_weight, row_weight)
                 loss: Tensor = _BuiltIn.apply(inputs, target, share, self)  # type: ignore[no-untyped-call]
@@ -482,6 +509,7 @@ class FactoredOutput(nn.Module):
         """With weights of targets, "mse" is one loss of an example, no sum over its targets."""
         return isinstance(self.loss, str) and (self.loss != "mse" or not weighted)
 
+    @_in_own_dtype
     def _backward(self, ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> Tensor:
         """The gradient to hidden; that of the weight is kept for the step."""
         if self._revision != ctx.revision:
@@ -520,20 +548,21 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        announced(name, group, self._check_step, name, lr, weight_decay)
+        # Whoever waits for this rank hears of it: the ranks with the other classes, and those with other data.
+        split = None if self._split is None else self._split.group
+        announced(name, group, announced, name, split, self._check_step, name, lr, weight_decay)
         grads = _joined(self._pending) if self._pending else None
         if group is not None:
             grads = _gathered(grads, self.v, (lr, weight_decay), group)
-        if self._split is not None:
-            announced(name, self._split.group, self._check_step, name, lr, weight_decay)
+        if split is not None:
             facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
-            agree(name, self._split.group, self.v, None, (), "auto", facts)
+            agree(name, split, self.v, None, {}, "auto", facts)
         if grads is None:
             return None
         if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
             raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
-            with torch.autocast(self.v.device.type, enabled=False):
+            with full_precision(self.v):
                 plan: dense.Plan | factored.Plan = self._form.plan(
                     self._state(), grads, lr, weight_decay, self.max_scale, self._scratch
                 )
@@ -559,7 +588,7 @@ class FactoredOutput(nn.Module):
 
     @torch.no_grad()
     def _commit(self, plan: dense.Plan | factored.Plan) -> None:
-        with torch.autocast(self.v.device.type, enabled=False):
+        with full_precision(self.v):
             self._count(self._form.commit(plan))
             self._revision += 1
             self._pending, self._open = [], 0
@@ -592,6 +621,7 @@ class FactoredOutput(nn.Module):
         self.stabilisations += moved > 0
 
     @torch.no_grad()
+    @_in_own_dtype
     def stabilise(self) -> int:
         """Moves the singular values of U beyond `max_scale` or its inverse into V; how many. The weight stays."""
         moved: int = self._form.stabilise(self._state(), self.max_scale)
@@ -602,12 +632,14 @@ class FactoredOutput(nn.Module):
     stabilize = stabilise
 
     @torch.no_grad()
+    @_in_own_dtype
     def drift(self) -> float:
         """The relative error of the kept Gram matrix and means, from eight random vectors; one read of V, O(C D)."""
         error: float = self._form.drift(self._state())
         return error
 
     @torch.no_grad()
+    @_in_own_dtype
     def refresh(self) -> None:
         """Computes the Gram matrix, the means and the inverse of U anew, in O(C D^2). The weight stays."""
         self._form.refresh(self._state())
@@ -621,7 +653,8 @@ class FactoredOutput(nn.Module):
         self._pending, self._open = [], 0
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([*(getattr(self, name) for name in COUNTERS), self._growth], dtype=torch.float64)
+        numbers = [*(getattr(self, name) for name in COUNTERS), self._growth]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         *counts, self._growth = state.tolist()
@@ -798,6 +831,9 @@ class FactoredSGD(torch.optim.Optimizer):
             )
         super().__init__(groups, defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_layers": self._layers, "_group": self._group}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every layer that has a gradient."""
@@ -808,7 +844,7 @@ class FactoredSGD(torch.optim.Optimizer):
         todo = []
         for layer, group in zip(self._layers, self.param_groups, strict=True):
             lr, decay = float(group["lr"]), float(group["weight_decay"])
-            if layer._pending or self._group is not None:
+            if layer._pending or self._group is not None or layer._split is not None:  # for other ranks to see
                 plan = layer._plan(lr, decay, self._group)
                 if plan is not None:
                     todo.append((layer, plan))

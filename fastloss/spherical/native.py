@@ -139,7 +139,7 @@ def factored_pairs(x: Tensor, target: Tensor, g_t: Tensor, g_v: Tensor, lr: floa
 def factored_inverse(x: Tensor, g_v: Tensor, lr: float, shrink: float) -> tuple[Tensor, bool | Tensor]:
     if len(x) > INVERSE_ROWS:
         return portable.factored_inverse(x, g_v, lr, shrink)
-    order = torch.empty(len(x), dtype=torch.int64)
+    order = x.new_empty(len(x), dtype=torch.int64)
     exists: bool = _factored("factored_inverse", x)(*_addresses(x, g_v), lr, shrink, len(x), *_addresses(order))
     return x, exists
 

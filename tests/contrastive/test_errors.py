@@ -284,5 +284,11 @@ def test_wrong_types_name_the_argument() -> None:
         fastloss.NTXentLoss("a")
     with pytest.raises(TypeError, match="info_nce: `group` must be None or a process group, got str"):
         fastloss.info_nce(torch.eye(3), torch.eye(3), group="x")
-    with pytest.raises(ValueError, match="`temperature` must be finite and positive"):
-        fastloss.info_nce(torch.eye(3), torch.eye(3), temperature=1e-46)
+    with pytest.raises(ValueError, match="`temperature` must be finite and positive, got 0"):
+        fastloss.info_nce(torch.eye(3), torch.eye(3), temperature=0)
+    for temperature in (1e-46, 1e39):
+        with pytest.raises(
+            ValueError, match=r"`temperature` must be in the range of torch.float32, 2.94e-39 to 3.4e\+38, got 1e"
+        ):
+            fastloss.info_nce(torch.eye(3), torch.eye(3), temperature=temperature)
+        assert fastloss.info_nce(torch.eye(3).double(), torch.eye(3).double(), temperature=temperature).isfinite()

@@ -393,6 +393,20 @@ class TestRanges:
             assert same == outside
         assert torch.count_nonzero(zeros.gradients[name]) == 0
 
+    @pytest.mark.parametrize(
+        "variant", ["info_nce", "info_nce mean", "info_nce unpaired", "info_nce paired", "nt_xent"]
+    )
+    def test_all_rows_beyond_the_range(self, variant: str) -> None:
+        """Their products overflow, too."""
+        problem = make_problem(variant, rows=9, dtype=torch.float32)
+        long, zeros = (
+            evaluate(problem.with_tensors(**{name: factor * x for name, x in problem.features.items()}))
+            for factor in (1e25, 0.0)
+        )
+        assert torch.equal(long.loss, zeros.loss)
+        for name in problem.features:
+            assert torch.count_nonzero(long.gradients[name]) == 0
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("variant", [*FUNCTIONS_AND_MODES, "info_nce extra symmetric ids"])
     def test_zero_rows(self, variant: str, dtype: torch.dtype) -> None:

@@ -422,6 +422,22 @@ def test_compiled_calls_are_those_of_the_layer() -> None:
     assert torch.equal(layer.weight(), other.weight())
 
 
+def test_default_device_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "CHECK_EVERY", 1)
+    monkeypatch.setattr(modules, "PROBE_EVERY", 1)
+    layer, _ = pair()
+    other = copy.deepcopy(layer)
+    hidden, target = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 3, 3, 29])
+    for at, device in ((layer, "cpu"), (other, "meta")):
+        with torch.device(device):
+            at(hidden, target).backward()
+            at.step(0.1)
+            assert at.drift() < 1e-12
+            at.load_state_dict(at.state_dict())
+    assert torch.equal(layer.weight(), other.weight())
+    assert layer.steps == other.steps == 1
+
+
 def test_a_layer_moved_between_backward_and_step() -> None:
     layer = FactoredOutput(4, 9)
     layer(torch.randn(3, 4), torch.tensor([0, 1, 1])).backward()
@@ -434,6 +450,81 @@ def test_one_layer_twice() -> None:
     layer = FactoredOutput(4, 9)
     with pytest.raises(ValueError, match="`layers` must hold each layer once, got one twice"):
         FactoredSGD([layer, layer], lr=0.1)
+
+
+def test_weight_of_an_ignored_target_does_not_matter() -> None:
+    layer, _ = pair()
+    x, y = torch.randn(2, 5, dtype=torch.float64), torch.tensor([[1, -100], [2, 3]])
+    weights = (torch.tensor([[1.0, w], [0.5, 0.5]]) for w in (0.0, torch.nan))
+    with torch.no_grad():
+        assert torch.equal(*(layer(x, y, w) for w in weights))
+
+
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_no_targets_at_all(backend: str) -> None:
+    """Of "mse" that is weight decay by the batch: the squared logits are the loss."""
+    layer, dense = pair("mse")
+    x, y, w = torch.randn(3, 5, dtype=torch.float64), torch.empty(3, 0, dtype=torch.int64), torch.empty(3, 0)
+    for _ in range(4):
+        torch.full_like(x, torch.nan)  # in the memory that comes next
+    with fastloss.use_backend(backend):
+        loss = layer(x, y, w)
+        loss.backward()
+        layer.step(0.01)
+    expected = dense.linear(x).square().sum(1).mean()
+    expected.backward()
+    torch.optim.SGD(dense.parameters(), lr=0.01).step()
+    torch.testing.assert_close(loss, expected)
+    assert_same_weight(layer, dense, 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_backward_inside_autocast(backend: str) -> None:
+    gradients = []
+    for inside in (False, True):
+        layer, _ = pair()
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float().requires_grad_()
+        with fastloss.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            layer.float()(x, torch.tensor([0, 3, 3, 29])).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_autocast_does_not_touch_the_layer() -> None:
+    x, linear = torch.randn(4, 5), torch.nn.Linear(5, 30)
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            layer = FactoredOutput.from_linear(linear)
+            started = copy.deepcopy(layer.state_dict())
+            layer.refresh()
+            layer.stabilise()
+            dense = layer.to_linear()
+            told = [layer.logits(x), layer.topk(x, 3)[0], layer.weight(), layer.bias(), torch.tensor(layer.drift())]
+        found.append([*told, dense.weight, *started.values(), *layer.state_dict().values()])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*found, strict=True))
+
+
+@factors_only
+def test_refresh_that_raises_leaves_the_state() -> None:
+    layer, _ = pair()
+    layer.u.zero_()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(torch.linalg.LinAlgError):
+        layer.refresh()
+    assert all(torch.equal(x, before[name]) for name, x in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_the_optimizer_step_their_own_layer(copier: Callable[[FactoredSGD], FactoredSGD]) -> None:
+    optimizer = FactoredSGD(trained(), lr=0.1)
+    copied = copier(optimizer)
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for one in (optimizer, copied):
+        one._layers[0](x, y).backward()
+        one.step()
+    assert torch.equal(optimizer._layers[0].weight(), copied._layers[0].weight())
+    assert copied.param_groups[0]["params"][0] is copied._layers[0].mean
 
 
 def test_backward_of_an_old_weight() -> None:

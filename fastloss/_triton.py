@@ -52,10 +52,11 @@ SMALL = "sm_86"
 
 
 def _repair_interpreter() -> None:
-    """Two things that Triton 3.6's interpreter does not do by itself.
+    """Three things that Triton 3.6's interpreter does not do by itself.
 
-    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers; and products of bfloat16,
-    which it holds as bits, are products of the bits.
+    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers; products of bfloat16,
+    which it holds as bits, are products of the bits; and `tl.exp` has digits that a chip's, 2^(x log2(e)) with the
+    product rounded, has not.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -74,8 +75,12 @@ def _repair_interpreter() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, wide(a), wide(b), *rest)
 
+    def exp(x: Any) -> Any:
+        return np.exp2(x * np.float32(np.log2(np.e))) if x.dtype == np.float32 else np.exp(x)
+
     interpreter._patch_lang_tensor = repaired
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_exp = lambda self, x: self.unary_op(x, exp)
 
 
 if INTERPRETED:

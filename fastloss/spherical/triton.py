@@ -167,11 +167,25 @@ def _statistics_kernel(
     tl.store(center_out + row, tl.sum(center), mask=last)
 
 
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN2_HIGH = tl.constexpr(0x162E3 / 2**17)  # few bits: products with exponents are exact
+_LN2_LOW = tl.constexpr(math.log(2) - 0x162E3 / 2**17)
+
+
+@triton.jit
+def _exp(x):
+    """Of x <= 0, to its last digits. `tl.exp` rounds x log2(e): at x = -30 that is ten units in the last place."""
+    x = tl.where(x < -104, -104.0, x)  # 0; NaN stays
+    exponent = tl.floor(x * _LOG2_E + 0.5)
+    rest = (x - exponent * _LN2_HIGH) - exponent * _LN2_LOW
+    return tl.exp2(exponent) * tl.exp(rest)
+
+
 @triton.jit
 def _log1p(x):
     """Of x in [0, 1], to its last digits: the rounding of 1 + x is in both factors."""
     y = 1 + x
-    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
+    return tl.where(y == 1, x, tl.log(y) * tl.div_rn(x, tl.where(y == 1, 1.0, y - 1)))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -191,12 +205,14 @@ def _losses_kernel(
         x = tl.load(t + row * targets + k, mask=exists, other=0.0)
         if KIND == "z":
             flat = square == 0
-            deviation = tl.sqrt(tl.where(flat, 1.0, tl.where(square == float("inf"), float("nan"), square)) / classes)
-            scale = tl.where(flat, 0.0, 1 / (deviation + eps))
+            # Rounded as IEEE has it: an error of z is one of the same size of a small loss's logarithm.
+            finite = tl.where(square == float("inf"), float("nan"), square)
+            deviation = tl.sqrt_rn(tl.div_rn(tl.where(flat, 1.0, finite), classes))
+            scale = tl.where(flat, 0.0, tl.div_rn(1.0, deviation + eps))
             z = x * scale
             y = a * (b - z)
-            small = tl.exp(tl.where(y > 0, -y, y))
-            loss = (tl.where(y > 0, y, 0.0) + _log1p(small)) / a
+            small = _exp(tl.where(y > 0, -y, y))
+            loss = tl.div_rn(tl.where(y > 0, y, 0.0) + _log1p(small), a)
             d_t = -scale * tl.where(y > 0, 1.0, small) / (1 + small)
             d_v = d_t * z / (deviation * (-2 * classes))
             d_mean = tl.zeros((BLOCK,), tl.float32)

@@ -52,11 +52,11 @@ SMALL = "sm_86"
 
 
 def _repair_interpreter() -> None:
-    """Three things that Triton 3.6's interpreter does not do by itself.
+    """What Triton 3.6's interpreter does not do by itself.
 
-    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers; products of bfloat16,
-    which it holds as bits, are products of the bits; and `tl.exp` has digits that a chip's, 2^(x log2(e)) with the
-    product rounded, has not.
+    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers. Products of bfloat16,
+    which it holds as bits, are products of the bits. And float32 has digits that a chip's `tl.exp`, 2^(x log2(e)) with
+    the product rounded, and quotient, a product with the reciprocal, do not have.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -78,9 +78,13 @@ def _repair_interpreter() -> None:
     def exp(x: Any) -> Any:
         return np.exp2(x * np.float32(np.log2(np.e))) if x.dtype == np.float32 else np.exp(x)
 
+    def quotient(x: Any, y: Any) -> Any:
+        return x * (1 / y) if x.dtype == np.float32 else x / y
+
     interpreter._patch_lang_tensor = repaired
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.create_exp = lambda self, x: self.unary_op(x, exp)
+    interpreter.InterpreterBuilder.create_fdiv = lambda self, x, y: self.binary_op(x, y, quotient)
 
 
 if INTERPRETED:

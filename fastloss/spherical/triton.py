@@ -32,6 +32,12 @@ from fastloss.spherical.tiles import Rows
 
 
 @triton.jit
+def _ratio(a, b):
+    """Rounded as IEEE has it. A chip's own quotient of float32 may be two units off, a row of one number not flat."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@triton.jit
 def _merge(count, mean, square, new_count, new_mean, new_square):
     """Mean and sum of squares about it, of two sets of numbers together (Chan, Golub and LeVeque)."""
     both = count + new_count
@@ -59,7 +65,7 @@ def _moments_kernel(
     end = tl.minimum(begin + span, classes)
     # Everything is taken about a number near the mean: what is left keeps the digits of the spread.
     value, inside = _load(x, rows, begin + tl.arange(0, BLOCK), row_count, end, row_stride, col_stride)
-    pivot = tl.sum(value.to(wide), 1) / tl.minimum(end - begin, BLOCK).to(wide)
+    pivot = _ratio(tl.sum(value.to(wide), 1), tl.minimum(end - begin, BLOCK).to(wide))
     count = tl.zeros((ROWS,), wide)
     mean = tl.zeros((ROWS,), wide)
     square = tl.zeros((ROWS,), wide)
@@ -67,7 +73,7 @@ def _moments_kernel(
         value, inside = _load(x, rows, start + tl.arange(0, BLOCK), row_count, end, row_stride, col_stride)
         near = tl.where(inside, value.to(wide) - pivot[:, None], 0.0)
         size = tl.zeros((ROWS,), wide) + tl.minimum(end - start, BLOCK).to(wide)
-        own = tl.sum(near, 1) / size
+        own = _ratio(tl.sum(near, 1), size)
         off = tl.where(inside, near - own[:, None], 0.0)
         count, mean, square = _merge(count, mean, square, size, own, tl.sum(off * off, 1))
     high = pivot + mean
@@ -326,7 +332,7 @@ def _verdict_kernel(full, g_mean, exists, solution, hidden, out, lr, rows, width
         grown += s * s
         size += h * h
     length = tl.sum(size)
-    growth = tl.sqrt(tl.sum(grown)) / tl.sqrt(tl.where(length == 0, 1.0, length))
+    growth = tl.div_rn(tl.sqrt_rn(tl.sum(grown)), tl.sqrt_rn(tl.where(length == 0, 1.0, length)))
     growth = tl.where(length == 0, 0.0, growth)
     tl.store(out + row, tl.where(tl.load(exists) != 0, growth, float("inf")))
     tl.store(out + rows + row, tl.sum(total) + lr * tl.load(g_mean + row))

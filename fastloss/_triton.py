@@ -315,20 +315,25 @@ def _source(specimen: Specimen, constants: Mapping[str, Any], aligned: Mapping[t
 
 def read_with_sizes_of_one(specimen: Specimen, target_name: str) -> None:
     """Reads the kernel as a launch with such sizes does: Triton makes constants of integers that are one."""
-    from triton._C.libtriton import ir
-    from triton.compiler.compiler import make_backend
-
     ones = {
         parameter.name: 1
         for parameter in specimen.kernel.params
         if specimen.types.get(parameter.name) in ("i32", "i64") and not parameter.do_not_specialize
     }
+    read(specimen, target_name, ones)
+
+
+def read(specimen: Specimen, target_name: str, constants: Mapping[str, Any]) -> None:
+    """Reads the kernel with these arguments constant, or other constants, down to Triton's own language."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
     target = TARGETS[target_name]
     backend, context = make_backend(_gpu(target)), ir.context()
     options = backend.parse_options(specimen.config.options(target.backend == "hip"))
     ir.load_dialects(context)
     backend.load_dialects(context)
-    _source(specimen, {**specimen.constants, **ones}, {}).make_ir(
+    _source(specimen, {**specimen.constants, **constants}, {}).make_ir(
         _gpu(target), options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 REPORTS ?= reports
 
-.PHONY: setup bench bench-full bench-pytest test stress kernels gpu lint format clean
+.PHONY: setup bench bench-full bench-pytest test stress kernels gpu gpu-memcheck lint format clean
 
 setup: $(VENV)/.ready
 
@@ -32,18 +32,28 @@ bench-pytest: setup
 kernels: setup
 	$(BIN)/python -m fastloss.kernels --all --output $(REPORTS)
 
-# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. The benchmark begins nothing after 400 s.
+# On a machine with a GPU: its own PyTorch and Triton, nothing is downloaded. Within ten minutes: each part is ended after
+# its share of them, keeps what it found in $(REPORTS), and runs whatever became of the one before.
 # Compiling kernels is most of the tests' time; pytest-xdist spreads it where it is installed.
-GPU_PYTEST = $(PYTHON) -m pytest -q -W default
-GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
 GPU_TESTS := tests/test_gpu.py $(wildcard tests/*/triton_values.py)
+GPU_SPREAD = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 12')
+ENDED_AFTER := timeout --signal INT --kill-after 15
+gpu: SHELL := bash
+gpu: .SHELLFLAGS := -o pipefail -c
+gpu: export MAX_JOBS ?= 16
 gpu:
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	$(PYTHON) -m fastloss info
-	$(GPU_PYTEST) $(GPU_SPREAD) $(GPU_TESTS)
-	if command -v compute-sanitizer; then compute-sanitizer --error-exitcode 1 --target-processes all \
-	  $(GPU_PYTEST) tests/contrastive/triton_values.py -k "columns_at_every_edge"; fi
-	$(PYTHON) -m fastloss bench --device cuda --output $(REPORTS)
+	mkdir -p $(REPORTS); failed=0; \
+	TORCHINDUCTOR_COMPILE_THREADS=1 $(ENDED_AFTER) 180 \
+	  $(PYTHON) -m pytest -q -W default --durations 10 $(GPU_SPREAD) $(GPU_TESTS) 2>&1 | tee $(REPORTS)/gpu-tests.txt || failed=1; \
+	$(ENDED_AFTER) 320 $(PYTHON) -m fastloss bench --device cuda --output $(REPORTS) || failed=1; \
+	exit $$failed
+
+# Many times slower than the tests alone.
+gpu-memcheck:
+	compute-sanitizer --error-exitcode 1 --target-processes all \
+	  $(PYTHON) -m pytest -q -W default tests/contrastive/triton_values.py -k "columns_at_every_edge"
 
 test: lint
 	$(BIN)/python -m pytest

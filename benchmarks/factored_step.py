@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import fastloss
@@ -107,6 +105,9 @@ def measure(
 
 
 def main() -> None:
+    from rich.console import Console  # here, since `python -m fastloss info` does without
+    from rich.table import Table
+
     parser = argparse.ArgumentParser(prog="factored_step", description=__doc__.split("\n\n")[0])
     parser.add_argument("--classes", type=int, default=793_471, help="of the comparison (default: %(default)s)")
     parser.add_argument(

@@ -52,10 +52,11 @@ SMALL = "sm_86"
 
 
 def _repair_interpreter() -> None:
-    """Two things that Triton 3.6's interpreter does not do by itself.
+    """What Triton 3.6's interpreter does not do by itself.
 
-    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers; and products of bfloat16,
-    which it holds as bits, are products of the bits.
+    Loop bounds are arrays of one element there, of which NumPy 2.4 no longer makes integers. Products of bfloat16,
+    which it holds as bits, are products of the bits. And float32 has digits that a chip's `tl.exp`, 2^(x log2(e)) with
+    the product rounded, and quotient, a product with the reciprocal, do not have.
     """
     import numpy as np
     from triton.runtime import interpreter
@@ -74,8 +75,16 @@ def _repair_interpreter() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, wide(a), wide(b), *rest)
 
+    def exp(x: Any) -> Any:
+        return np.exp2(x * np.float32(np.log2(np.e))) if x.dtype == np.float32 else np.exp(x)
+
+    def quotient(x: Any, y: Any) -> Any:
+        return x * (1 / y) if x.dtype == np.float32 else x / y
+
     interpreter._patch_lang_tensor = repaired
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.create_exp = lambda self, x: self.unary_op(x, exp)
+    interpreter.InterpreterBuilder.create_fdiv = lambda self, x, y: self.binary_op(x, y, quotient)
 
 
 if INTERPRETED:
@@ -306,20 +315,25 @@ def _source(specimen: Specimen, constants: Mapping[str, Any], aligned: Mapping[t
 
 def read_with_sizes_of_one(specimen: Specimen, target_name: str) -> None:
     """Reads the kernel as a launch with such sizes does: Triton makes constants of integers that are one."""
-    from triton._C.libtriton import ir
-    from triton.compiler.compiler import make_backend
-
     ones = {
         parameter.name: 1
         for parameter in specimen.kernel.params
         if specimen.types.get(parameter.name) in ("i32", "i64") and not parameter.do_not_specialize
     }
+    read(specimen, target_name, ones)
+
+
+def read(specimen: Specimen, target_name: str, constants: Mapping[str, Any]) -> None:
+    """Reads the kernel with these arguments constant, or other constants, down to Triton's own language."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
     target = TARGETS[target_name]
     backend, context = make_backend(_gpu(target)), ir.context()
     options = backend.parse_options(specimen.config.options(target.backend == "hip"))
     ir.load_dialects(context)
     backend.load_dialects(context)
-    _source(specimen, {**specimen.constants, **ones}, {}).make_ir(
+    _source(specimen, {**specimen.constants, **constants}, {}).make_ir(
         _gpu(target), options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
 

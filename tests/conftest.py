@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import fastloss
 
@@ -22,3 +23,12 @@ def pytest_report_header() -> list[str]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with fastloss.use_backend(request.param):
         yield request.param
+
+
+def pytest_runtest_logfinish() -> None:
+    """A kernel's fault breaks its process for good: under pytest-xdist another one takes over."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

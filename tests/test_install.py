@@ -90,3 +90,21 @@ def test_without_compilers_it_installs_and_says_so(environment: dict[str, str], 
 )
 def test_it_refuses_without_what_is_required(environment: dict[str, str], tmp_path: Path) -> None:
     assert install(tmp_path / "site", **environment).returncode != 0
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("make", "bash", "timeout"))), reason="needs make, bash and timeout")
+def test_make_gpu_runs_every_part_whatever_became_of_the_one_before(tmp_path: Path) -> None:
+    """With a Python that notes its arguments and fails in the tests and in the benchmark."""
+    calls, python = tmp_path / "calls", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{calls}\necho found\ncase "$*" in *pytest*|*bench*) exit 3; esac\n')
+    python.chmod(0o755)
+    command = ["make", "gpu", f"PYTHON={python}", f"REPORTS={tmp_path / 'reports'}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    *_, tests, bench = calls.read_text().splitlines()
+    assert bench == f"-m fastloss bench --device cuda --output {tmp_path / 'reports'}"
+    options, files = tests.split(" -n 12 ")  # the stub says yes to pytest-xdist
+    assert options.startswith("-m pytest ")
+    assert {"tests/test_gpu.py", "tests/gaunt/triton_values.py"} <= set(files.split())
+    assert all((ROOT / name).is_file() for name in files.split())
+    assert (tmp_path / "reports" / "gpu-tests.txt").read_text() == "found\n"

@@ -73,6 +73,17 @@ def test_kernels_take_sizes_of_one(family: str) -> None:
         _triton.read_with_sizes_of_one(specimen, "sm_90")
 
 
+@pytest.mark.parametrize("family", _backends.FAMILIES)
+def test_kernels_take_every_flag(family: str) -> None:
+    """Only some are compiled, and the interpreter reads a branch as Python does."""
+    from fastloss import _triton
+
+    for specimen in importlib.import_module(f"fastloss.{family}.triton").specimens("sm_90", False):
+        for name, value in specimen.constants.items():
+            if isinstance(value, bool):
+                _triton.read(specimen, "sm_90", {name: not value})
+
+
 def test_a_kernel_that_does_not_take_a_size_of_one_is_seen() -> None:
     import triton
 
@@ -83,6 +94,7 @@ def test_a_kernel_that_does_not_take_a_size_of_one_is_seen() -> None:
         count.to(x.dtype.element_ty)
 
     specimen = _triton.Specimen("conversion", kernel, {"x": "*fp32", "count": "i32"}, {}, _triton.Config((1,)))
+    _triton.read(specimen, "sm_90", {})
     with pytest.raises(triton.compiler.errors.CompilationError, match="no attribute 'to'"):
         _triton.read_with_sizes_of_one(specimen, "sm_90")
 

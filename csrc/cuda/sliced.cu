@@ -49,12 +49,15 @@ __global__ void decode(const float* x, const uint32_t* atom, uint32_t count, uin
   order[i] = int32_t(broken ? i - start : atom[i] - start);
 }
 
+// Two arrays of which either may hold the numbers: the sort then makes none of its own.
+using Pair = cub::DoubleBuffer<uint32_t>;
+
 struct Layout {
   int64_t array;  // bytes of one of the four
   size_t temporary;
   Layout(int64_t slices, int64_t n) : array((4 * slices * n + kAlign - 1) / kAlign * kAlign), temporary(0) {
-    uint32_t* none = nullptr;
-    check(cub::DeviceRadixSort::SortPairs(nullptr, temporary, none, none, none, none, int(slices * n), 0, 32));
+    Pair none;
+    check(cub::DeviceRadixSort::SortPairs(nullptr, temporary, none, none, int(slices * n), 0, 32));
   }
   int64_t bytes() const { return 4 * array + int64_t(temporary); }
 };
@@ -83,19 +86,18 @@ void sort_rows(const float* x, int64_t slices, int64_t n, float* sorted, int32_t
     a = reinterpret_cast<uint32_t*>(place);
     place += layout.array;
   }
-  auto [key, atom, key_out, atom_out] = array;
+  Pair key(array[0], array[1]), atom(array[2], array[3]);
   size_t temporary = layout.temporary;
 
-  encode<<<blocks, kThreads, 0, on>>>(x, count, key, atom);
+  encode<<<blocks, kThreads, 0, on>>>(x, count, key.Current(), atom.Current());
   check(cudaGetLastError());
-  check(cub::DeviceRadixSort::SortPairs(place, temporary, key, key_out, atom, atom_out, int(count), 0, 32, on));
+  check(cub::DeviceRadixSort::SortPairs(place, temporary, key, atom, int(count), 0, 32, on));
   if (slices > 1) {
-    rows_of<<<blocks, kThreads, 0, on>>>(atom_out, count, uint32_t(n), key);
+    rows_of<<<blocks, kThreads, 0, on>>>(atom.Current(), count, uint32_t(n), key.Current());
     check(cudaGetLastError());
-    check(cub::DeviceRadixSort::SortPairs(place, temporary, key, key_out, atom_out, atom, int(count), 0,
-                                          bits_of(slices - 1), on));
+    check(cub::DeviceRadixSort::SortPairs(place, temporary, key, atom, int(count), 0, bits_of(slices - 1), on));
   }
-  decode<<<blocks, kThreads, 0, on>>>(x, slices > 1 ? atom : atom_out, count, uint32_t(n), sorted, order);
+  decode<<<blocks, kThreads, 0, on>>>(x, atom.Current(), count, uint32_t(n), sorted, order);
   check(cudaGetLastError());
 }
 

@@ -169,10 +169,13 @@ class Classes:
     def left(self) -> tuple[Tensor, Tensor]:
         return self.center[1, : self.width], self.center[1, self.width]
 
+    def tile_size(self, columns: int) -> int:
+        room = scratch(self.weight.device) // max(self.width + columns, 1)
+        return min(max(64, room), max(self.count, 1))
+
     def tiles(self, columns: int = 0) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """(classes, their rows of T, their centred biases); `columns` more numbers a class are the caller's."""
-        room = scratch(self.weight.device) // max(self.width + columns, 1)
-        size = min(max(64, room), max(self.count, 1))
+        size = self.tile_size(columns)
         buffer = torch.empty((size, self.width), dtype=self.dtype, device=self.weight.device)
         means = self.center[0, : self.width]
         for part in parts(self.count, size):
@@ -361,7 +364,7 @@ def _class_gradients(
     grad_bias: Tensor | None,
 ) -> None:
     """d/dW = 1 (sum common_i h_i)^T + [centred logits] diag(factor) H + spikes; d/db the same with 1 for h."""
-    dtype, (b, d) = classes.dtype, hidden.shape
+    dtype, (b, d), c = classes.dtype, hidden.shape, classes.count
     unused = (factor == 0) & (common == 0) & (spike == 0)
     h = hidden.to(dtype)
     if bool(unused.any()):
@@ -380,10 +383,11 @@ def _class_gradients(
         offsets = (torch.mv(h, left) + left_bias).unsqueeze(0)
     # Targets of a tile are a run of the sorted ones; ignored rows come first. Stable: sums keep the batch's order.
     order = target.argsort(stable=True)
-    sorted_target = target[order]
-    for part, tile, bias in classes.tiles(0 if by_gram else b):
-        ends = torch.tensor([part.start, part.stop], device=hidden.device)
-        first, last = torch.searchsorted(sorted_target, ends).tolist()
+    sorted_target, columns = target[order], 0 if by_gram else b
+    size = classes.tile_size(columns)
+    # Of all tiles at once: a device is waited for once.
+    ends = torch.searchsorted(sorted_target, torch.arange(0, c + size, size, device=hidden.device)).tolist()
+    for (part, tile, bias), first, last in zip(classes.tiles(columns), ends[:-1], ends[1:], strict=True):
         mine, ids = order[first:last], sorted_target[first:last] - part.start
         if not by_gram:
             logits = _tile_logits(tile, bias, h).sub_(offsets).mul_(factor)

@@ -32,6 +32,12 @@ from fastloss.spherical.tiles import Rows
 
 
 @triton.jit
+def _ratio(a, b):
+    """Rounded as IEEE has it. A chip's own quotient of float32 may be two units off, a row of one number not flat."""
+    return tl.div_rn(a, b) if a.dtype == tl.float32 else a / b
+
+
+@triton.jit
 def _merge(count, mean, square, new_count, new_mean, new_square):
     """Mean and sum of squares about it, of two sets of numbers together (Chan, Golub and LeVeque)."""
     both = count + new_count
@@ -59,7 +65,7 @@ def _moments_kernel(
     end = tl.minimum(begin + span, classes)
     # Everything is taken about a number near the mean: what is left keeps the digits of the spread.
     value, inside = _load(x, rows, begin + tl.arange(0, BLOCK), row_count, end, row_stride, col_stride)
-    pivot = tl.sum(value.to(wide), 1) / tl.minimum(end - begin, BLOCK).to(wide)
+    pivot = _ratio(tl.sum(value.to(wide), 1), tl.minimum(end - begin, BLOCK).to(wide))
     count = tl.zeros((ROWS,), wide)
     mean = tl.zeros((ROWS,), wide)
     square = tl.zeros((ROWS,), wide)
@@ -67,7 +73,7 @@ def _moments_kernel(
         value, inside = _load(x, rows, start + tl.arange(0, BLOCK), row_count, end, row_stride, col_stride)
         near = tl.where(inside, value.to(wide) - pivot[:, None], 0.0)
         size = tl.zeros((ROWS,), wide) + tl.minimum(end - start, BLOCK).to(wide)
-        own = tl.sum(near, 1) / size
+        own = _ratio(tl.sum(near, 1), size)
         off = tl.where(inside, near - own[:, None], 0.0)
         count, mean, square = _merge(count, mean, square, size, own, tl.sum(off * off, 1))
     high = pivot + mean
@@ -167,11 +173,25 @@ def _statistics_kernel(
     tl.store(center_out + row, tl.sum(center), mask=last)
 
 
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_LN2_HIGH = tl.constexpr(0x162E3 / 2**17)  # few bits: products with exponents are exact
+_LN2_LOW = tl.constexpr(math.log(2) - 0x162E3 / 2**17)
+
+
+@triton.jit
+def _exp(x):
+    """Of x <= 0, to its last digits. `tl.exp` rounds x log2(e): at x = -30 that is ten units in the last place."""
+    x = tl.where(x < -104, -104.0, x)  # 0; NaN stays
+    exponent = tl.floor(x * _LOG2_E + 0.5)
+    rest = (x - exponent * _LN2_HIGH) - exponent * _LN2_LOW
+    return tl.exp2(exponent) * tl.exp(rest)
+
+
 @triton.jit
 def _log1p(x):
     """Of x in [0, 1], to its last digits: the rounding of 1 + x is in both factors."""
     y = 1 + x
-    return tl.where(y == 1, x, tl.log(y) * (x / tl.where(y == 1, 1.0, y - 1)))
+    return tl.where(y == 1, x, tl.log(y) * tl.div_rn(x, tl.where(y == 1, 1.0, y - 1)))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -191,12 +211,14 @@ def _losses_kernel(
         x = tl.load(t + row * targets + k, mask=exists, other=0.0)
         if KIND == "z":
             flat = square == 0
-            deviation = tl.sqrt(tl.where(flat, 1.0, tl.where(square == float("inf"), float("nan"), square)) / classes)
-            scale = tl.where(flat, 0.0, 1 / (deviation + eps))
+            # Rounded as IEEE has it: an error of z is one of the same size of a small loss's logarithm.
+            finite = tl.where(square == float("inf"), float("nan"), square)
+            deviation = tl.sqrt_rn(tl.div_rn(tl.where(flat, 1.0, finite), classes))
+            scale = tl.where(flat, 0.0, tl.div_rn(1.0, deviation + eps))
             z = x * scale
             y = a * (b - z)
-            small = tl.exp(tl.where(y > 0, -y, y))
-            loss = (tl.where(y > 0, y, 0.0) + _log1p(small)) / a
+            small = _exp(tl.where(y > 0, -y, y))
+            loss = tl.div_rn(tl.where(y > 0, y, 0.0) + _log1p(small), a)
             d_t = -scale * tl.where(y > 0, 1.0, small) / (1 + small)
             d_v = d_t * z / (deviation * (-2 * classes))
             d_mean = tl.zeros((BLOCK,), tl.float32)
@@ -312,7 +334,7 @@ def _verdict_kernel(full, g_mean, exists, solution, hidden, scaled, out, lr, row
         size += h * h
         share += h * tl.load(scaled + place, mask=at < width, other=0.0)
     length = tl.sum(size)
-    growth = tl.sqrt(tl.sum(grown)) / tl.sqrt(tl.where(length == 0, 1.0, length))
+    growth = tl.div_rn(tl.sqrt_rn(tl.sum(grown)), tl.sqrt_rn(tl.where(length == 0, 1.0, length)))
     growth = tl.where(length == 0, 0.0, growth)
     tl.store(out + row, tl.where(tl.load(exists) != 0, growth, float("inf")))
     tl.store(out + rows + row, tl.sum(total) + lr * tl.load(g_mean + row))

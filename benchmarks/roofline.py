@@ -211,7 +211,7 @@ def factored_step(rows: int, width: int) -> tuple[Stage, ...]:
         Stage("backward", 0.0, 4 * 4 * wide, (8, 5), (0, 0)),
         Stage(
             "step", 6 * by_rows + 4 * 2 * small * width + 2 * small * rows,
-            4 * (31 * wide + 11 * square + 10 * small), (54, 30), (6, 3),
+            4 * (31 * wide + 11 * square + 10 * small), (54, 28), (5, 1),
         ),
     )  # fmt: skip
 

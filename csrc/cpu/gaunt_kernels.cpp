@@ -59,48 +59,33 @@ FASTLOSS_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
   a = low;
 }
 
-// Transposes kCount rows of which only the first N columns are wanted: fills rows 0..N - 1.
-template <class T, int N, int S>
-FASTLOSS_INLINE void columns_of(Vec<T>* rows) {
-  constexpr int kUsed = (N + S - 1) / S * S;  // rows that matter from now on: later steps mix blocks of S
+template <class T, int S = 1>
+FASTLOSS_INLINE void transpose(Vec<T>* rows) {
+  constexpr int kN = Lanes<T>::kCount;
 #pragma GCC unroll 16
-  for (int i = 0; i < kUsed; ++i)
+  for (int i = 0; i < kN; ++i)
     if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
-  if constexpr (S > 1) columns_of<T, N, S / 2>(rows);
+  if constexpr (2 * S < kN) transpose<T, 2 * S>(rows);
 }
 
-// The other way round: rows beyond N are zero.
-template <class T, int N, int S>
-FASTLOSS_INLINE void rows_of(Vec<T>* rows) {
-  constexpr int kUsed = (N + S - 1) / S * S;  // rows that are not zero: earlier steps mixed blocks of S
-#pragma GCC unroll 16
-  for (int i = 0; i < kUsed; ++i)
-    if (!(i & S)) exchange<T, S>(rows[i], rows[i + S]);
-  if constexpr (2 * S < Lanes<T>::kCount) rows_of<T, N, 2 * S>(rows);
-}
-
-// Rows of nine have a transposition of their own, where a vector is wider.
-template <class T>
-constexpr int kNine = Lanes<T>::kCount < 9 ? Lanes<T>::kCount : 9;
-
-template <class T, int N, int A>
+template <class T, int A>
 FASTLOSS_INLINE void read_tile(const T* x, int64_t d, int64_t columns, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount;
   Vec<T> tile[kN];
 #pragma GCC unroll 16
   for (int l = 0; l < kN; ++l) tile[l] = load(x + l * d);
-  columns_of<T, N, kN / 2>(tile);
+  transpose<T>(tile);
   for (int64_t k = 0; k < columns; ++k) out[k * A] = tile[k];
 }
 
 // What a short row writes into the next is overwritten by it; the last rows of the block must not write beyond.
-template <class T, int N, int A>
+template <class T, int A>
 FASTLOSS_INLINE void write_tile(T* y, int64_t d, int64_t columns, int64_t room, const Vec<T>* in) {
   constexpr int kN = Lanes<T>::kCount;
   Vec<T> tile[kN];
 #pragma GCC unroll 16
-  for (int k = 0; k < kN; ++k) tile[k] = k < N && k < columns ? in[k * A] : Vec<T>{};
-  rows_of<T, N, 1>(tile);
+  for (int k = 0; k < kN; ++k) tile[k] = k < columns ? in[k * A] : Vec<T>{};
+  transpose<T>(tile);
 #pragma GCC unroll 16
   for (int l = 0; l < kN; ++l)
     if (l * d + kN <= room)
@@ -180,32 +165,58 @@ FASTLOSS_INLINE void write_nines(T* y, const Vec<T>* in) {
   }
 }
 
-// Coefficient i of the block goes to out[A i].
+// A step of `interleave` back.
+template <class T, int N, int S>
+FASTLOSS_INLINE void deinterleave(Vec<T>* v) {
+  constexpr int kN = Lanes<T>::kCount, kBit = 1 << S;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    if (!(i & kBit)) {
+      auto half = [&](int bit) {
+        return pick<T>(v[i], v[i + kBit], [=](int c) {
+          const int place = c % (kN / 2);
+          return c / (kN / 2) * kN + place / kBit * 2 * kBit + place % kBit + bit;
+        });
+      };
+      const Vec<T> low = half(0);
+      v[i + kBit] = half(kBit);
+      v[i] = low;
+    }
+  if constexpr (S > 0) deinterleave<T, N, S - 1>(v);
+}
+
+// `write_nines` back.
 template <class T, int A>
-void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int count, Vec<T>* out) {
+FASTLOSS_INLINE void read_nines(const T* x, Vec<T>* out) {
   constexpr int kN = Lanes<T>::kCount;
+  Vec<T> in[9], v[8];
+  for (int i = 0; i < 9; ++i) in[i] = load(x + i * kN);
+#pragma GCC unroll 8
+  for (int pair = 0; pair < 8; ++pair) {
+    const int first = 18 * pair / kN;
+    v[reversed(pair, 8)] =
+        pick<T>(in[first], in[first + 1], [=](int c) { return 18 * pair + c / 8 * 9 + c % 8 - first * kN; });
+  }
+  deinterleave<T, 8, 2>(v);
+  for (int k = 0; k < 8; ++k) out[k * A] = v[k];
+  Vec<T> ninth = in[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < 9; ++i)
+    ninth = pick<T>(ninth, in[i], [=](int lane) {
+      const int place = 9 * lane + 8;
+      return i == 1 && lane == 0 ? place : place / kN == i ? kN + place % kN : lane;
+    });
+  out[8 * A] = ninth;
+}
+
+// One block, of any shape.
+template <class T, int A>
+void read_block(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, Vec<T>* out) {
+  constexpr int kN = Lanes<T>::kCount;
+  const int count = int(lesser(kN, p.lanes - lane));
   if (side_by_side(p, lane, count)) {
     x += offset_of(p, lane, d);
     for (int64_t i = 0; i < d; ++i) out[i * A] = load(x + i * p.channels);
-    return;
-  }
-  // Rows of less than a vector are read with the beginning of the next, if there is one.
-  if (p.channels == 0 && count == kN && (lane + kN - 1) * d + kN <= p.lanes * d) {
-    x += lane * d;
-    if (d == 1) {
-      out[0] = load(x);
-    } else if (d == 4 && kN >= 4) {
-      read_fours<T, A>(x, out);
-    } else if (d <= 9 && kN > 9) {
-      read_tile<T, kNine<T>, A>(x, d, d, out);
-    } else if (d < kN) {
-      read_tile<T, kN, A>(x, d, d, out);
-    } else {
-      for (int64_t i = 0; i < d; i += kN) {
-        const int64_t first = lesser(i, d - kN);  // the last tile overlaps the one before
-        read_tile<T, kN, A>(x + first, d, kN, out + first * A);
-      }
-    }
     return;
   }
   const int64_t stride = p.channels ? p.channels : 1;
@@ -217,29 +228,12 @@ void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, i
 }
 
 template <class T, int A>
-void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int count, const Vec<T>* in) {
+void write_block(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, const Vec<T>* in) {
   constexpr int kN = Lanes<T>::kCount;
+  const int count = int(lesser(kN, p.lanes - lane));
   if (side_by_side(p, lane, count)) {
     y += offset_of(p, lane, d);
     for (int64_t i = 0; i < d; ++i) store(y + i * p.channels, in[i * A]);
-    return;
-  }
-  if (p.channels == 0 && count == kN) {
-    y += lane * d;
-    if constexpr (kN == 16)
-      if (d == 9) return write_nines<T, A>(y, in);
-    if (d == 1) {
-      store(y, in[0]);
-    } else if (d == 4 && kN >= 4) {
-      write_fours<T, A>(y, in);
-    } else if (d < kN) {
-      write_tile<T, kN, A>(y, d, d, kN * d, in);
-    } else {
-      for (int64_t i = 0; i < d; i += kN) {
-        const int64_t first = lesser(i, d - kN);
-        write_tile<T, kN, A>(y + first, d, kN, kN * d - first, in + first * A);
-      }
-    }
     return;
   }
   const int64_t stride = p.channels ? p.channels : 1;
@@ -248,6 +242,71 @@ void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int co
     T* to = y + offset_of(p, lane + l, d);
     for (int64_t i = 0; i < d; ++i) to[i * stride] = flat[i * A * kN + l];
   }
+}
+
+// Blocks from `lane` on: coefficient i of block n goes to out[A i + n].
+template <class T, int A>
+void read_lanes(const GauntProgram<T>& p, const T* x, int64_t d, int64_t lane, int64_t blocks, Vec<T>* out) {
+  constexpr int kN = Lanes<T>::kCount;
+  int64_t whole = 0;
+  if (p.channels == 0) {
+    // Rows of less than a vector are read with the beginning of the next, if there is one.
+    const int64_t rows = d < kN ? (p.lanes * d - kN) / d + 1 : p.lanes;
+    whole = p.lanes * d < kN ? 0 : greater(0, lesser(blocks, (rows - lane) / kN));
+    const T* from = x + lane * d;
+    const int64_t step = kN * d;
+    auto each = [&](const auto& read) {
+      for (int64_t n = 0; n < whole; ++n) read(from + n * step, out + n);
+    };
+    if (d == 1) {
+      each([](const T* x, Vec<T>* out) { out[0] = load(x); });
+    } else if (d == 4 && kN >= 4) {
+      each([](const T* x, Vec<T>* out) { read_fours<T, A>(x, out); });
+    } else if (d == 9 && kN == 16) {
+      if constexpr (kN == 16) each([](const T* x, Vec<T>* out) { read_nines<T, A>(x, out); });
+    } else if (d < kN) {
+      each([d](const T* x, Vec<T>* out) { read_tile<T, A>(x, d, d, out); });
+    } else {
+      each([d](const T* x, Vec<T>* out) {
+        for (int64_t i = 0; i < d; i += kN) {
+          const int64_t first = lesser(i, d - kN);  // the last tile overlaps the one before
+          read_tile<T, A>(x + first, d, kN, out + first * A);
+        }
+      });
+    }
+  }
+  for (int64_t n = whole; n < blocks; ++n) read_block<T, A>(p, x, d, lane + n * kN, out + n);
+}
+
+template <class T, int A>
+void write_lanes(const GauntProgram<T>& p, T* y, int64_t d, int64_t lane, int64_t blocks, const Vec<T>* in) {
+  constexpr int kN = Lanes<T>::kCount;
+  int64_t whole = 0;
+  if (p.channels == 0) {
+    whole = lesser(blocks, (p.lanes - lane) / kN);
+    T* to = y + lane * d;
+    const int64_t step = kN * d;
+    auto each = [&](const auto& write) {
+      for (int64_t n = 0; n < whole; ++n) write(to + n * step, in + n);
+    };
+    if (d == 1) {
+      each([](T* y, const Vec<T>* in) { store(y, in[0]); });
+    } else if (d == 4 && kN >= 4) {
+      each([](T* y, const Vec<T>* in) { write_fours<T, A>(y, in); });
+    } else if (d == 9 && kN == 16) {
+      if constexpr (kN == 16) each([](T* y, const Vec<T>* in) { write_nines<T, A>(y, in); });
+    } else if (d < kN) {
+      each([d](T* y, const Vec<T>* in) { write_tile<T, A>(y, d, d, kN * d, in); });
+    } else {
+      each([d](T* y, const Vec<T>* in) {
+        for (int64_t i = 0; i < d; i += kN) {
+          const int64_t first = lesser(i, d - kN);
+          write_tile<T, A>(y + first, d, kN, kN * d - first, in + first * A);
+        }
+      });
+    }
+  }
+  for (int64_t n = whole; n < blocks; ++n) write_block<T, A>(p, y, d, lane + n * kN, in + n);
 }
 
 // Writes orders m and -m of a spectrum; `middle` is its order 0.
@@ -508,23 +567,20 @@ FASTLOSS_INLINE void each_block(const GauntProgram<T>& p, const Scratch<T>& at, 
   constexpr int kN = Lanes<T>::kCount;
   for (int64_t block = begin; block < end; block += A) {
     const int64_t blocks = lesser(A, end - block);
-    auto each = [&](const int64_t* degrees, int64_t tensors, Vec<T>* at, const auto& move) {
-      for (int64_t i = 0; i < tensors; ++i) {
-        const int64_t d = square(degrees[i] + 1);
-        for (int64_t n = 0; n < blocks; ++n) {
-          const int64_t lane = (block + n) * kN;
-          move(i, d, lane, int(lesser(kN, p.lanes - lane)), at + n);
-        }
-        at += d * A;
-      }
-    };
-    each(p.in_degree, p.inputs, at.inputs, [&](int64_t i, int64_t d, int64_t lane, int count, Vec<T>* x) {
-      read_lanes<T, A>(p, p.x[i], d, lane, count, x);
-    });
+    const int64_t lane = block * kN;
+    Vec<T>* x = at.inputs;
+    for (int64_t i = 0; i < p.inputs; ++i) {
+      const int64_t d = square(p.in_degree[i] + 1);
+      read_lanes<T, A>(p, p.x[i], d, lane, blocks, x);
+      x += d * A;
+    }
     compute(at.inputs, at.outputs);
-    each(p.out_degree, p.outputs, at.outputs, [&](int64_t o, int64_t d, int64_t lane, int count, Vec<T>* y) {
-      write_lanes<T, A>(p, p.y[o], d, lane, count, y);
-    });
+    const Vec<T>* y = at.outputs;
+    for (int64_t o = 0; o < p.outputs; ++o) {
+      const int64_t d = square(p.out_degree[o] + 1);
+      write_lanes<T, A>(p, p.y[o], d, lane, blocks, y);
+      y += d * A;
+    }
   }
 }
 

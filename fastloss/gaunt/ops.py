@@ -74,33 +74,33 @@ LIBRARY.impl("gaunt_ring_fwd", _legacy_vmap, "Batched")
 class How(NamedTuple):
     channels_last: bool
     direct: bool
-    ordinary: bool = False  # the inputs are known to be `unobserved`
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, program: Program, how: How, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: Program, how: How, ordinary: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`ordinary`, here and below: the inputs are known to be `unobserved`."""
         ctx.program, ctx.how = program, how
         ctx.save_for_backward(*inputs)
-        if not how.ordinary or _forward_mode():
+        if not ordinary or _forward_mode():
             ctx.save_for_forward(*inputs)
         ctx.set_materialize_grads(False)
-        if not torch._C._are_functorch_transforms_active():
-            return tuple(_below_autograd(program, how, inputs))
+        if ordinary or not torch._C._are_functorch_transforms_active():
+            return tuple(_below_autograd(program, how, inputs, ordinary))
         # A Function switches gradients off; the levels of torch.func below this one still want theirs.
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return tuple(_below_autograd(program, how, inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, *_gradients(ctx.program, ctx.how, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+        return None, None, None, *_gradients(ctx.program, ctx.how, ctx.saved_tensors, grads, ctx.needs_input_grad[3:])
 
     @staticmethod
-    def jvp(ctx: Any, _program: Any, _how: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, _program: Any, _how: Any, _ordinary: Any, *tangents: Tensor | None) -> Any:
         return tuple(_tangents(ctx.program, ctx.how, ctx.saved_tensors, tangents))
 
 
-def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     """Runs the program without the inputs that no term has."""
     if not torch.is_grad_enabled() and not _forward_mode():
         return _below_autograd(program, how, inputs)
@@ -108,28 +108,28 @@ def _call(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
     return _run([inputs[i] for i in keep], text, how)
 
 
-def _below_autograd(program: Program, how: How, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _below_autograd(program: Program, how: How, inputs: Sequence[Tensor], ordinary: bool = False) -> list[Tensor]:
     keep, text = program.compact()
-    return _plain([inputs[i] for i in keep], text, how)
+    return _plain([inputs[i] for i in keep], text, how, ordinary)
 
 
-def _plain(inputs: list[Tensor], text: str, how: How) -> list[Tensor]:
+def _plain(inputs: list[Tensor], text: str, how: How, ordinary: bool = False) -> list[Tensor]:
     """The op without derivatives: of tensors that need none, or where autograd is off."""
     result: list[Tensor]
-    if (how.ordinary or unobserved(inputs)) and not _forward_mode():
+    if (ordinary or unobserved(inputs)) and not _forward_mode():
         kernel = implementation("gaunt", inputs[0].device).gaunt_ring_fwd
-        result = kernel(inputs, programs.parse(text), how.channels_last, how.direct)
+        result = kernel(inputs, programs.parse(text), *how)
         return result
     with torch._C._AutoDispatchBelowAutograd():
-        result = _op(inputs, text, how.channels_last, how.direct)
+        result = _op(inputs, text, *how)
     return result
 
 
-def _run(inputs: list[Tensor], text: str, how: How) -> list[Tensor]:
+def _run(inputs: list[Tensor], text: str, how: How, ordinary: bool = False) -> Sequence[Tensor]:
     """The op with derivatives."""
-    if how.ordinary or unobserved(inputs):
-        return _autograd(inputs, text, how.channels_last, how.direct, True)
-    result: list[Tensor] = _op(inputs, text, how.channels_last, how.direct)
+    if ordinary or unobserved(inputs):
+        return _with_autograd(inputs, text, how, True)
+    result: list[Tensor] = _op(inputs, text, *how)
     return result
 
 
@@ -140,35 +140,44 @@ def _gradients(
     given = [g for g in grads if g is not None]
     present = tuple([g is not None for g in grads])
     gradient = program.gradient(needs, tuple([x.shape[where] for x in inputs]), present)
-    values = iter(_call(gradient, How(how.channels_last, how.direct), [*inputs, *given]))
+    values = iter(_call(gradient, how, [*inputs, *given]))
     return [next(values) if need else None for need in needs]
 
 
-def _tangents(program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
+def _tangents(
+    program: Program, how: How, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
     moved = program.tangent(tuple(moving), len(inputs))
-    return _call(moved, How(how.channels_last, how.direct), [*inputs, *(t for t in tangents if t is not None)])
+    return _call(moved, how, [*inputs, *(t for t in tangents if t is not None)])
 
 
 def _forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _autograd(inputs: list[Tensor], text: str, *how: bool) -> list[Tensor]:
+def _autograd(inputs: list[Tensor], text: str, channels_last: bool, direct: bool) -> list[Tensor]:
     """The op's autograd. Registered below the function transforms and Dynamo, which therefore both see one op."""
-    transformed = torch._C._are_functorch_transforms_active()
-    if not (transformed or _forward_mode() or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))):
-        return _plain(inputs, text, How(*how))
-    program = programs.parse(text)
-    # Function.apply would hand the call to the transforms again, although they call it, one level at a time.
-    apply = super(torch.autograd.Function, _Ring).apply
-    if not transformed:
-        return list(apply(program, How(*how), *inputs))
-    with enable_single_level_autograd_function():
-        return list(apply(program, How(*how), *inputs))
+    return list(_with_autograd(inputs, text, How(channels_last, direct)))
 
 
 LIBRARY.impl("gaunt_ring_fwd", _autograd, "Autograd")
+# Function.apply would hand the call to the transforms again, although they call it, one level at a time.
+_apply = super(torch.autograd.Function, _Ring).apply
+
+
+def _with_autograd(inputs: list[Tensor], text: str, how: How, ordinary: bool = False) -> Sequence[Tensor]:
+    transformed = not ordinary and torch._C._are_functorch_transforms_active()
+    recorded = torch.is_grad_enabled() and True in [x.requires_grad for x in inputs]
+    if not (recorded or transformed or _forward_mode()):
+        return _plain(inputs, text, how, ordinary)
+    result: tuple[Tensor, ...]
+    if not transformed:
+        result = _apply(programs.parse(text), how, ordinary, *inputs)
+        return result
+    with enable_single_level_autograd_function():
+        result = _apply(programs.parse(text), how, ordinary, *inputs)
+        return result
 
 
 def multiplier(
@@ -180,5 +189,5 @@ def multiplier(
     other sizes those of all; float32 or float64. `ordinary`: they are all `unobserved`.
     """
     program = f"{degree}:1 1 {len(factors)} {' '.join(map(str, factors))}"
-    how = How(channels_last, direct, ordinary)
-    return lambda inputs: _run(inputs, program, how)[0]
+    how = How(channels_last, direct)
+    return lambda inputs: _run(inputs, program, how, ordinary)[0]

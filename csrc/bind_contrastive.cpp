@@ -42,6 +42,13 @@ void grad_tile(Address c, Address g, std::int64_t rows, std::int64_t cols, Addre
                          mask_of(diagonal, row_ids, col_ids), at<T>(row_dot), at<T>(col_dot), at<T>(partials), threads);
 }
 
+template <class T>
+void turn(Address max, Address sum, Address scale, bool one_scale, Address diagonal, std::int64_t n, int directions,
+          Address shift, Address weight, Address factor, Address slope, Address total) {
+  kernels<T>().turn(at<const T>(max), at<const T>(sum), scale_of<T>(scale, one_scale), at<const T>(diagonal), n,
+                    directions, at<T>(shift), at<T>(weight), at<T>(factor), at<T>(slope), at<T>(total));
+}
+
 }  // namespace
 
 void fastloss::bind_contrastive(pybind11::module_& m) {
@@ -51,4 +58,6 @@ void fastloss::bind_contrastive(pybind11::module_& m) {
   m.def("lse_tile_double", &lse_tile<double>, Unlocked());
   m.def("grad_tile_float", &grad_tile<float>, Unlocked());
   m.def("grad_tile_double", &grad_tile<double>, Unlocked());
+  m.def("turn_float", &turn<float>, Unlocked());
+  m.def("turn_double", &turn<double>, Unlocked());
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -120,7 +121,18 @@ def no_second_derivative(family: str) -> RuntimeError:
     )
 
 
-class _Once(torch.autograd.Function):
+class Op(torch.autograd.Function):
+    """The base of Functions with a `setup_context`: torch looks up the signature of their `forward` in every call.
+
+    `inspect` takes as long to find it as a small op takes itself, unless it is told.
+    """
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+
+
+class _Once(Op):
     """Runs a backward op. Differentiating its result is an error, never a silently missing term."""
 
     generate_vmap_rule = True

@@ -44,6 +44,13 @@ struct ContrastiveKernels {
   void (*grad_tile)(const T* c, T* g, int64_t rows, int64_t cols, Scale<T> row_scale, const T* row_shift,
                     const T* row_weight, Scale<T> col_scale, const T* col_shift, const T* col_weight, Mask mask,
                     T* row_dot, T* col_dot, T* partials, int threads);
+
+  // Between the passes, for pairs (i, i) left out of the sums: from the final (max, sum) (directions, n), with
+  // x = ln(sum) + ln(2) max - scale c_ii for the natural scale, total = sum softplus(x) / directions; and for grad_tile
+  // the shift, factor = sigmoid(x) / directions / sum, weight = factor * scale, all (directions, n); and the sum of
+  // sigmoid(x) / directions over the directions, slope (n,). Empty sums: factor 0. A positive of +inf: NaN.
+  void (*turn)(const T* max, const T* sum, Scale<T> scale, const T* diagonal, int64_t n, int directions, T* shift,
+               T* weight, T* factor, T* slope, T* total);
 };
 
 }  // namespace cpu

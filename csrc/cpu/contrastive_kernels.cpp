@@ -203,13 +203,38 @@ void grad_tile(const T* c, T* g, int64_t rows, int64_t cols, Scale<T> row_scale,
   }
 }
 
+// As much work as a few rows of the matrix; in double, for its own sake.
+template <class T>
+void turn(const T* max, const T* sum, Scale<T> scale, const T* diagonal, int64_t n, int directions, T* shift, T* weight,
+          T* factor, T* slope, T* total) {
+  constexpr double kLn2 = 0.693147180559945309417;
+  double loss = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double natural = one_scale(scale, i), positive = natural * diagonal[i];
+    double both = 0;
+    for (int64_t at = i; at < directions * n; at += n) {
+      const double lse = (__builtin_log2(double(sum[at])) + double(max[at])) * kLn2;
+      const double x = lse - positive - 0 * (positive > 0 ? positive : 0);  // inf - inf, of a positive of +inf
+      loss += x > 40 ? x : __builtin_log1p(__builtin_exp(x));
+      const double upstream = 1 / (1 + __builtin_exp(-x)) / directions;
+      both += upstream;
+      const double over_sum = sum[at] == 0 ? 0 : upstream / double(sum[at]);
+      shift[at] = finite_or_zero(max[at]);
+      factor[at] = T(over_sum);
+      weight[at] = T(over_sum * natural);
+    }
+    slope[i] = T(both);
+  }
+  *total = T(loss / directions);
+}
+
 FASTLOSS_INLINE bool touches(Mask mask, int64_t rows, int64_t cols) {
   return mask.row_ids || (mask.diagonal != kNoDiagonal && mask.diagonal < cols && mask.diagonal > -rows);
 }
 
-// Waking a second thread costs more than a tile of 64k entries.
+// Waking a second thread costs more than a tile of 16k entries.
 FASTLOSS_INLINE int useful_threads(int64_t rows, int64_t cols, int threads) {
-  return rows * cols <= (1 << 16) ? 1 : threads;
+  return rows * cols <= (1 << 14) ? 1 : threads;
 }
 
 template <class T>
@@ -273,8 +298,8 @@ namespace FASTLOSS_ISA {
 
 extern const ContrastiveKernels<float> contrastive_float;
 extern const ContrastiveKernels<double> contrastive_double;
-const ContrastiveKernels<float> contrastive_float = {lse_tile_any<float>, grad_tile_any<float>};
-const ContrastiveKernels<double> contrastive_double = {lse_tile_any<double>, grad_tile_any<double>};
+const ContrastiveKernels<float> contrastive_float = {lse_tile_any<float>, grad_tile_any<float>, turn<float>};
+const ContrastiveKernels<double> contrastive_double = {lse_tile_any<double>, grad_tile_any<double>, turn<double>};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace cpu

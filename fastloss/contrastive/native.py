@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fastloss._backends import native_core
 from fastloss.contrastive import tiles
-from fastloss.contrastive.tiles import Gradient, Mask, Softmax
+from fastloss.contrastive.tiles import Gradient, Mask, Softmax, Turn
 
 _C = native_core()
 _LSE_TILE = {torch.float32: _C.lse_tile_float, torch.float64: _C.lse_tile_double}
 _GRAD_TILE = {torch.float32: _C.grad_tile_float, torch.float64: _C.grad_tile_double}
+
+_TURN = {torch.float32: _C.turn_float, torch.float64: _C.turn_double}
 
 
 def _address(x: Tensor | None) -> int:
@@ -71,6 +73,26 @@ class _Epilogue:
             _address(partials),
             torch.get_num_threads(),
         )
+
+    def turn(self, state: Softmax, scale: Tensor, diagonal: Tensor, need_dot: bool) -> Turn:
+        scale = scale.contiguous()
+        directions, n = state.max.shape
+        shift, weight, factor, dot = scale.new_empty((4, directions, n)).unbind()
+        slope, total = scale.new_empty((n,)), scale.new_empty(())
+        _TURN[scale.dtype](
+            state.max.data_ptr(),
+            state.sum.data_ptr(),
+            *_scale(scale),
+            diagonal.data_ptr(),
+            n,
+            directions,
+            shift.data_ptr(),
+            weight.data_ptr(),
+            factor.data_ptr(),
+            slope.data_ptr(),
+            total.data_ptr(),
+        )
+        return Turn(total, Gradient(state.scale, shift, weight, dot.zero_() if need_dot else None), factor, slope)
 
 
 _epilogue = _Epilogue()

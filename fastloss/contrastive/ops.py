@@ -21,7 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._backends import TRITON, backend_of
-from fastloss._ops import LIBRARY, accumulation_dtype, batch, define, distinct, needs_grad, once, runner, save_unseen
+from fastloss._ops import (
+    LIBRARY,
+    Op,
+    accumulation_dtype,
+    batch,
+    define,
+    distinct,
+    needs_grad,
+    once,
+    runner,
+    save_unseen,
+)
 from fastloss.contrastive.tiles import KEEP_BYTES, PANEL_BYTES, PANEL_ROWS, WAITING_BYTES, margin
 
 _SCHEMAS = {
@@ -117,7 +128,7 @@ def _(grad, x, scale, ids, stats, normalize, need_x, need_scale):  # type: ignor
     )
 
 
-class _SimilarityLse(torch.autograd.Function):
+class _SimilarityLse(Op):
     generate_vmap_rule = True
 
     @staticmethod
@@ -152,7 +163,7 @@ class _SimilarityLse(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _PairNll(torch.autograd.Function):
+class _PairNll(Op):
     generate_vmap_rule = True
 
     @staticmethod
@@ -180,7 +191,7 @@ class _PairNll(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _SelfSimilarityLse(torch.autograd.Function):
+class _SelfSimilarityLse(Op):
     generate_vmap_rule = True
 
     @staticmethod

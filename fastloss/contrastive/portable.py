@@ -69,6 +69,8 @@ class _Epilogue:
             total = p if total is None else total.add_(p)
         out.copy_(cast(Tensor, total))
 
+    turn = staticmethod(tiles.turn)
+
 
 _epilogue = _Epilogue()
 similarity_lse_fwd = partial(tiles.lse_forward, _epilogue)

@@ -69,9 +69,7 @@ class Softmax:
 
     @classmethod
     def start(cls, scale: Tensor, *shape: int) -> Softmax:
-        state = scale.new_zeros((2, *shape))
-        state[0].fill_(-math.inf)
-        return cls((scale * LOG2_E).contiguous(), state[0], state[1])
+        return cls((scale * LOG2_E).contiguous(), scale.new_full(shape, -math.inf), scale.new_zeros(shape))
 
     def __getitem__(self, part: slice) -> Softmax:
         return Softmax(per_row(self.scale, part), self.max[part], self.sum[part])
@@ -133,8 +131,32 @@ class Gradient:
         return upstream * self.dot * stats[1]
 
 
+class Turn(NamedTuple):
+    """What lies between the passes of `pair_nll`, of `directions` = 1 or 2 softmaxes of n pairs each."""
+
+    total: Tensor  # ()  the loss: softplus(x) of every pair, x = lse - scale c, the mean of both directions
+    gradient: Gradient  # of the negatives; (directions, n)
+    factor: Tensor  # (directions, n)  its upstream gradient sigmoid(x) / directions, over the sum
+    slope: Tensor  # (n,)  minus the gradient of the positive logit: the upstream gradients of both directions
+
+    def scale_grad(self, diagonal: Tensor, out: Tensor) -> None:
+        """The gradient of the natural scale per row."""
+        assert self.gradient.dot is not None
+        torch.sub((self.factor * self.gradient.dot).sum(0), self.slope * diagonal, out=out)
+
+
+def turn(state: Softmax, scale: Tensor, diagonal: Tensor, need_dot: bool) -> Turn:
+    """In PyTorch. scale: the natural one, () or (n,); diagonal: c_ii, (n,)."""
+    directions = len(state.max)
+    x = margin(state.lse(), scale * diagonal)
+    total = torch.nn.functional.softplus(x, threshold=40).sum() / directions
+    upstream, stats = x.sigmoid_().mul_(1 / directions), state.stats()
+    gradient = Gradient.start(scale, stats, upstream, need_dot)
+    return Turn(total, gradient, upstream * stats[1], upstream.sum(0))
+
+
 class Epilogue(Protocol):
-    """What a backend does with a tile."""
+    """What a backend does with a tile, and between the passes."""
 
     def lse_tile(self, c: Tensor, row: Softmax, col: Softmax | None, mask: Mask) -> None:
         """Adds the tile c (rows, cols) to the statistics."""
@@ -142,6 +164,10 @@ class Epilogue(Protocol):
 
     def grad_tile(self, c: Tensor, out: Tensor, row: Gradient, col: Gradient | None, mask: Mask) -> None:
         """out_ij = row.weight_i P_ij + col.weight_j R_ij, zero where masked; out may be c. Adds to the dots."""
+        ...
+
+    def turn(self, state: Softmax, scale: Tensor, diagonal: Tensor, need_dot: bool) -> Turn:
+        """What `tiles.turn` gives."""
         ...
 
 
@@ -425,25 +451,22 @@ def pair_nll(
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
             epilogue.lse_tile(c, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
-        x = margin(state.lse(), row_scale * diagonal)
-        totals.append(torch.nn.functional.softplus(x, threshold=40).sum())
-        upstream, stats = x.sigmoid_().mul_(1 / directions), state.stats()
-        gradient = Gradient.start(row_scale, stats, upstream, need_scale)
-        row_grad, col_grad = gradient.direction(0), gradient.direction(1) if symmetric else None
-        slope = upstream.sum(0)
-        weight = slope * row_scale
+        turned = epilogue.turn(state, row_scale, diagonal, need_scale)
+        totals.append(turned.total)
+        row_grad, col_grad = turned.gradient.direction(0), turned.gradient.direction(1) if symmetric else None
+        pull = turned.slope * row_scale
         for j in blocks(n, TILE_COLS):
             g = _tile(panel, rows, j, rows.stop * j.start)
             epilogue.grad_tile(g, g, row_grad, col_grad and col_grad[j], _mask(True, i, j, q_ids, k_ids))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
-                g.diagonal(offset).sub_(weight[both.start - i.start : both.stop - i.start])
+                g.diagonal(offset).sub_(pull[both.start - i.start : both.stop - i.start])
             if need_q:
                 torch.addmm(dq, g, right[j], beta=0 if j.start == 0 else 1, out=dq)
             if need_k:
                 torch.addmm(grad_k[j], g.t(), q_block, beta=0 if i.start == 0 else 1, out=grad_k[j])
         if need_scale:
-            torch.sub(gradient.scale_grad(upstream, stats).sum(0), slope * diagonal, out=grad_scale[i])
+            turned.scale_grad(diagonal, grad_scale[i])
         if need_q:
             left.finish(dq, i, q_block)
     if need_k:
@@ -451,8 +474,8 @@ def pair_nll(
             grad_k.zero_()
         for j in blocks(n, TILE_COLS) if normalize else ():
             right.finish(grad_k[j], j, right[j])
-    total = torch.stack(totals).sum() if totals else scale.new_zeros(())
-    return total / directions, grad_q, grad_k, grad_scale
+    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum() if totals else scale.new_zeros(())
+    return total, grad_q, grad_k, grad_scale
 
 
 def pair_nll_backward(

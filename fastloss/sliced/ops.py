@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastloss._ops import (
     LIBRARY,
+    Op,
     accumulation_dtype,
     batch,
     define,
@@ -130,7 +131,7 @@ def _only(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | N
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
-class _SlicedMean(torch.autograd.Function):
+class _SlicedMean(Op):
     generate_vmap_rule = True
 
     @staticmethod
@@ -151,7 +152,7 @@ class _SlicedMean(torch.autograd.Function):
         return (*_only(grads, ctx.needs_input_grad[:5]), *rest)
 
 
-class _SlicedCosts(torch.autograd.Function):
+class _SlicedCosts(Op):
     generate_vmap_rule = True
 
     @staticmethod
@@ -170,7 +171,7 @@ class _SlicedCosts(torch.autograd.Function):
         return (*_only(grads, needs), None)
 
 
-class _SortSlices(torch.autograd.Function):
+class _SortSlices(Op):
     generate_vmap_rule = True
 
     @staticmethod

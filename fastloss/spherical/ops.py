@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._ops import LIBRARY, batch, define, needs_grad, once, runner, save_unseen
+from fastloss._ops import LIBRARY, Op, batch, define, needs_grad, once, runner, save_unseen
 from fastloss.spherical.tiles import accumulation_dtype
 
 _SCHEMAS = {
@@ -129,7 +129,7 @@ def _upstream(grads: tuple[Tensor | None, ...], stats: Tensor, rows: Any) -> lis
     return [stats.new_zeros((rows,)) if g is None else g for g in grads]
 
 
-class _RowMoments(torch.autograd.Function):
+class _RowMoments(Op):
     generate_vmap_rule = True
 
     @staticmethod
@@ -148,7 +148,7 @@ class _RowMoments(torch.autograd.Function):
         return once("spherical", _row_moments_bwd, *upstream, logits, target, stats), None, None
 
 
-class _RowMomentsOverwriting(torch.autograd.Function):
+class _RowMomentsOverwriting(Op):
     """The gradient is the memory of the logits; whoever else saved them hears of it by their version."""
 
     @staticmethod
@@ -172,7 +172,7 @@ class _RowMomentsOverwriting(torch.autograd.Function):
         return gradient, None, None
 
 
-class _LinearMoments(torch.autograd.Function):
+class _LinearMoments(Op):
     generate_vmap_rule = True
 
     @staticmethod

@@ -49,6 +49,18 @@ void turn(Address max, Address sum, Address scale, bool one_scale, Address diago
                     directions, at<T>(shift), at<T>(weight), at<T>(factor), at<T>(slope), at<T>(total));
 }
 
+template <class T>
+void inverse_norms(Address x, std::int64_t rows, std::int64_t dim, std::int64_t stride, T eps, Address out,
+                   int threads) {
+  kernels<T>().inverse_norms(at<const T>(x), rows, dim, stride, eps, at<T>(out), threads);
+}
+
+template <class T>
+void through_norms(Address grad, Address unit, Address inverse, std::int64_t rows, std::int64_t dim, T eps,
+                   int threads) {
+  kernels<T>().through_norms(at<T>(grad), at<const T>(unit), at<const T>(inverse), rows, dim, eps, threads);
+}
+
 }  // namespace
 
 void fastloss::bind_contrastive(pybind11::module_& m) {
@@ -60,4 +72,8 @@ void fastloss::bind_contrastive(pybind11::module_& m) {
   m.def("grad_tile_double", &grad_tile<double>, Unlocked());
   m.def("turn_float", &turn<float>, Unlocked());
   m.def("turn_double", &turn<double>, Unlocked());
+  m.def("inverse_norms_float", &inverse_norms<float>, Unlocked());
+  m.def("inverse_norms_double", &inverse_norms<double>, Unlocked());
+  m.def("through_norms_float", &through_norms<float>, Unlocked());
+  m.def("through_norms_double", &through_norms<double>, Unlocked());
 }

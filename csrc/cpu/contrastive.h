@@ -51,6 +51,12 @@ struct ContrastiveKernels {
   // sigmoid(x) / directions over the directions, slope (n,). Empty sums: factor 0. A positive of +inf: NaN.
   void (*turn)(const T* max, const T* sum, Scale<T> scale, const T* diagonal, int64_t n, int directions, T* shift,
                T* weight, T* factor, T* slope, T* total);
+
+  // One over the lengths of the rows x (rows, dim), at least eps; 0 for rows of zeros.
+  void (*inverse_norms)(const T* x, int64_t rows, int64_t dim, int64_t stride, T eps, T* out, int threads);
+
+  // grad (rows, dim), with respect to rows `unit` of length one, becomes that with respect to unit / inverse.
+  void (*through_norms)(T* grad, const T* unit, const T* inverse, int64_t rows, int64_t dim, T eps, int threads);
 };
 
 }  // namespace cpu

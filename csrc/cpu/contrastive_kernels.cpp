@@ -242,6 +242,47 @@ FASTLOSS_INLINE bool same(Scale<T> a, Scale<T> b) {
   return a.single && b.single && a.values[0] == b.values[0];
 }
 
+// f(j, lanes, values of x, values of y) along two rows.
+template <class T, class F>
+FASTLOSS_INLINE void along_rows(const T* x, const T* y, int64_t dim, F&& f) {
+  constexpr int kN = Lanes<T>::kCount;
+  int64_t j = 0;
+  for (; j + kN <= dim; j += kN) f(j, kN, load(x + j), load(y + j));
+  if (j < dim) f(j, int(dim - j), load_some(x + j, int(dim - j)), load_some(y + j, int(dim - j)));
+}
+
+template <class T>
+FASTLOSS_INLINE T dot(const T* x, const T* y, int64_t dim) {
+  Vec<T> sum{};
+  along_rows(x, y, dim, [&](int64_t, int, Vec<T> a, Vec<T> b) { sum += a * b; });
+  return sum_of<T>(sum);
+}
+
+template <class T>
+void inverse_norms(const T* x, int64_t rows, int64_t dim, int64_t stride, T eps, T* out, int threads) {
+  threads = useful_threads(rows, dim, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < rows; ++i) {
+    const T norm = __builtin_sqrt(dot(x + i * stride, x + i * stride, dim));
+    out[i] = norm == 0 ? T(0) : 1 / (norm < eps ? eps : norm);
+  }
+}
+
+template <class T>
+void through_norms(T* grad, const T* unit, const T* inverse, int64_t rows, int64_t dim, T eps, int threads) {
+  threads = useful_threads(rows, dim, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < rows; ++i) {
+    T* g = grad + i * dim;
+    const T *u = unit + i * dim, scale = inverse[i];
+    const T along = scale * eps < 1 ? dot(g, u, dim) : T(0);  // shorter rows are divided by eps, a constant
+    along_rows(g, u, dim, [&](int64_t j, int n, Vec<T> a, Vec<T> b) {
+      const Vec<T> out = (a - b * along) * scale;
+      n == Lanes<T>::kCount ? store(g + j, out) : store_some<T>(g + j, out, n);
+    });
+  }
+}
+
 // A flag as a type: the loops are compiled for every combination.
 template <bool kValue>
 struct Flag {
@@ -298,8 +339,10 @@ namespace FASTLOSS_ISA {
 
 extern const ContrastiveKernels<float> contrastive_float;
 extern const ContrastiveKernels<double> contrastive_double;
-const ContrastiveKernels<float> contrastive_float = {lse_tile_any<float>, grad_tile_any<float>, turn<float>};
-const ContrastiveKernels<double> contrastive_double = {lse_tile_any<double>, grad_tile_any<double>, turn<double>};
+const ContrastiveKernels<float> contrastive_float = {lse_tile_any<float>, grad_tile_any<float>, turn<float>,
+                                                     inverse_norms<float>, through_norms<float>};
+const ContrastiveKernels<double> contrastive_double = {lse_tile_any<double>, grad_tile_any<double>, turn<double>,
+                                                       inverse_norms<double>, through_norms<double>};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace cpu

@@ -17,6 +17,9 @@ _GRAD_TILE = {torch.float32: _C.grad_tile_float, torch.float64: _C.grad_tile_dou
 
 _TURN = {torch.float32: _C.turn_float, torch.float64: _C.turn_double}
 
+_INVERSE_NORMS = {torch.float32: _C.inverse_norms_float, torch.float64: _C.inverse_norms_double}
+_THROUGH_NORMS = {torch.float32: _C.through_norms_float, torch.float64: _C.through_norms_double}
+
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
@@ -93,6 +96,18 @@ class _Epilogue:
             total.data_ptr(),
         )
         return Turn(total, Gradient(state.scale, shift, weight, dot.zero_() if need_dot else None), factor, slope)
+
+    def inverse_norms(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if x.dtype != dtype:
+            return tiles.inverse_norms(x, dtype)
+        out = x.new_empty(len(x))
+        address, threads = out.data_ptr(), torch.get_num_threads()
+        _INVERSE_NORMS[dtype](x.data_ptr(), *x.shape, x.stride(0), tiles.NORM_EPS, address, threads)
+        return out
+
+    def through_norms(self, grad: Tensor, unit: Tensor, inverse: Tensor) -> None:
+        addresses = grad.data_ptr(), unit.data_ptr(), inverse.data_ptr()
+        _THROUGH_NORMS[grad.dtype](*addresses, *grad.shape, tiles.NORM_EPS, torch.get_num_threads())
 
 
 _epilogue = _Epilogue()

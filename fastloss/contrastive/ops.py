@@ -271,9 +271,11 @@ def pair_nll(
         fits = fits and q.shape[0] * k.shape[0] * size <= PANEL_BYTES
     else:
         fits = fits and PANEL_ROWS * k.shape[0] * size <= PANEL_BYTES
-    if any(needs) and fits:
+    # What a transform wants outside of vmap cannot be seen in it.
+    if fits and (any(needs) or not torch._C._are_functorch_transforms_active()):
         k, k_ids = distinct(k, q), distinct(k_ids, q_ids)
-        total: Tensor = _PairNll.apply(q, k, scale, q_ids, k_ids, normalize, symmetric, *needs)[0]
+        run = _PairNll.apply if any(needs) else _pair_nll
+        total: Tensor = run(q, k, scale, q_ids, k_ids, normalize, symmetric, *needs)[0]
         return total
     row_lse, col_lse, diagonal = similarity_lse(
         q,

@@ -70,6 +70,8 @@ class _Epilogue:
         out.copy_(cast(Tensor, total))
 
     turn = staticmethod(tiles.turn)
+    inverse_norms = staticmethod(tiles.inverse_norms)
+    through_norms = staticmethod(tiles.through_norms)
 
 
 _epilogue = _Epilogue()

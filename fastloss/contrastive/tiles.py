@@ -170,6 +170,14 @@ class Epilogue(Protocol):
         """What `tiles.turn` gives."""
         ...
 
+    def inverse_norms(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What `tiles.inverse_norms` gives, of rows side by side."""
+        ...
+
+    def through_norms(self, grad: Tensor, unit: Tensor, inverse: Tensor) -> None:
+        """What `tiles.through_norms` does; all contiguous, in one dtype."""
+        ...
+
 
 def inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows,). A row of exactly zero stays zero and gets no gradient (1 / eps would make it 1e12)."""
@@ -177,16 +185,24 @@ def inverse_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(norm == 0, norm, norm.clamp(min=NORM_EPS).reciprocal())
 
 
+def through_norms(grad: Tensor, unit: Tensor, inverse: Tensor) -> None:
+    """Turns the gradient of normalised rows into that of the rows themselves, in place. inverse: (rows,)."""
+    along = torch.einsum("rd,rd->r", unit, grad)
+    along = torch.where(inverse * NORM_EPS < 1, along, 0)  # shorter rows are divided by eps, a constant
+    grad.addcmul_(unit, along.unsqueeze(1), value=-1).mul_(inverse.unsqueeze(1))
+
+
 class Side:
     """The rows of one input, cast to the accumulation dtype and normalised: block by block on demand, or held."""
 
-    def __init__(self, x: Tensor, normalize: bool, block: int, hold: bool = False) -> None:
+    def __init__(self, epilogue: Epilogue, x: Tensor, normalize: bool, block: int, hold: bool = False) -> None:
+        self.epilogue = epilogue
         self.x = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.direct = not normalize and x.dtype == self.dtype
         self.inverse_norm: Tensor | None = None
         if normalize:
-            self.inverse_norm = inverse_norms(self.x, self.dtype).unsqueeze(1)
+            self.inverse_norm = epilogue.inverse_norms(self.x, self.dtype)
         hold = hold and x.numel() * self.dtype.itemsize <= HELD_BYTES
         rows = 0 if self.direct else x.shape[0] if hold else min(block, x.shape[0])
         self.scratch = torch.empty((rows, x.shape[1]), dtype=self.dtype, device=x.device)
@@ -202,16 +218,12 @@ class Side:
     def _write(self, block: Tensor, out: Tensor, part: slice = slice(None)) -> Tensor:
         if self.inverse_norm is None:
             return out.copy_(block)
-        return torch.mul(block, self.inverse_norm[part], out=out)
+        return torch.mul(block, self.inverse_norm[part].unsqueeze(1), out=out)
 
     def finish(self, grad: Tensor, part: slice, unit: Tensor) -> None:
         """Turns the gradient of the normalised rows `unit` into that of the rows given, in place."""
-        if self.inverse_norm is None:
-            return
-        inverse = self.inverse_norm[part]
-        along = torch.einsum("rd,rd->r", unit, grad).unsqueeze(1)
-        along = torch.where(inverse * NORM_EPS < 1, along, 0)  # shorter rows are divided by eps, a constant
-        grad.addcmul_(unit, along, value=-1).mul_(inverse)
+        if self.inverse_norm is not None:
+            self.epilogue.through_norms(grad, unit, self.inverse_norm[part])
 
 
 def blocks(n: int, size: int, first: int = 0) -> Iterator[slice]:
@@ -263,7 +275,7 @@ def lse_forward(
     and (2, N) or (2, 0), and the first `keep` similarities, tile by tile, (keep,).
     """
     m, n = q.shape[0], k.shape[0]
-    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS, hold=True)
+    left, right = Side(epilogue, q, normalize, TILE_ROWS), Side(epilogue, k, normalize, TILE_COLS, hold=True)
     row = Softmax.start(row_scale, m)
     col = None if col_scale is None else Softmax.start(col_scale, n)
     diagonal = row.max.new_empty((min(m, n),))
@@ -305,7 +317,7 @@ def lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and of the scales per row (M,) and per column (N,); (0,) for what is not needed."""
     m, n = q.shape[0], k.shape[0]
-    left, right = Side(q, normalize, TILE_ROWS), Side(k, normalize, TILE_COLS, hold=True)
+    left, right = Side(epilogue, q, normalize, TILE_ROWS), Side(epilogue, k, normalize, TILE_COLS, hold=True)
     row = Gradient.start(row_scale, row_stats, grad_row, need_scale)
     col = None if col_scale is None else Gradient.start(col_scale, col_stats, grad_col, need_scale)
     dtype = left.dtype
@@ -358,7 +370,7 @@ def self_lse_forward(
 ) -> tuple[Tensor, Tensor]:
     """log sum over j != i of exp(scale_i c_ij), (M,), and the statistics (2, M). Each c_ij = c_ji is computed once."""
     n = x.shape[0]
-    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE, hold=True)
+    left, right = Side(epilogue, x, normalize, SELF_TILE), Side(epilogue, x, normalize, SELF_TILE, hold=True)
     state = Softmax.start(scale, n)
     scratch = state.max.new_empty((min(n, SELF_TILE) ** 2,))
     for i in blocks(n, SELF_TILE):
@@ -383,7 +395,7 @@ def self_lse_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the scale per row."""
     n = x.shape[0]
-    left, right = Side(x, normalize, SELF_TILE), Side(x, normalize, SELF_TILE, hold=True)
+    left, right = Side(epilogue, x, normalize, SELF_TILE), Side(epilogue, x, normalize, SELF_TILE, hold=True)
     state = Gradient.start(scale, stats, grad, need_scale)
     total = torch.zeros(x.shape, dtype=left.dtype, device=x.device) if need_x else stats.new_empty((0,))
     scratch = stats.new_empty((min(n, SELF_TILE) ** 2,))
@@ -424,19 +436,20 @@ def pair_nll(
     """sum_i softplus(lse_i - scale_i c_ii), lse_i without the diagonal, and its gradients, in one sweep.
 
     If symmetric, the mean of that and of the same for the columns, column i with scale_i. The gradients are in the
-    accumulation dtype: a loss scale may still multiply them.
+    accumulation dtype: a loss scale may still multiply them. The loss does not depend on which are needed.
     """
     m, n = q.shape[0], k.shape[0]
     height = max(m, 1) if symmetric else max(PANEL_ROWS, min(TILE_ROWS, PANEL_BYTES // (max(n, 1) * 4)))
-    left, right = Side(q, normalize, height), Side(k, normalize, TILE_COLS, hold=True)
+    left, right = Side(epilogue, q, normalize, height), Side(epilogue, k, normalize, TILE_COLS, hold=True)
     dtype = left.dtype
     directions = 2 if symmetric else 1
+    second_pass = need_q or need_k or need_scale
     empty = scale.new_empty((0,))
     totals = []
     grad_q = torch.empty(q.shape if need_q else (0,), dtype=dtype, device=q.device)
     grad_k = torch.empty(k.shape if need_k else (0,), dtype=dtype, device=k.device)
     grad_scale = scale.new_empty((m if need_scale else 0,))
-    panel = scale.new_empty((min(m, height) * n,))
+    panel = scale.new_empty((min(m, height) * (n if second_pass else min(n, TILE_COLS)),))
     for i in blocks(m, height):
         q_block = left[i]
         rows = slice(0, i.stop - i.start)
@@ -446,13 +459,15 @@ def pair_nll(
         row, col = state.direction(0), state.direction(1) if symmetric else None
         diagonal = scale.new_empty((rows.stop,))
         for j in blocks(n, TILE_COLS):
-            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, rows.stop * j.start))
+            c = torch.mm(q_block, right[j].t(), out=_tile(panel, rows, j, rows.stop * j.start if second_pass else 0))
             both, offset = _diagonal(i, j)
             if both.start < both.stop:
                 diagonal[both.start - i.start : both.stop - i.start] = c.diagonal(offset)
             epilogue.lse_tile(c, row, col and col[j], _mask(True, i, j, q_ids, k_ids))
         turned = epilogue.turn(state, row_scale, diagonal, need_scale)
         totals.append(turned.total)
+        if not second_pass:
+            continue
         row_grad, col_grad = turned.gradient.direction(0), turned.gradient.direction(1) if symmetric else None
         pull = turned.slope * row_scale
         for j in blocks(n, TILE_COLS):

@@ -282,6 +282,7 @@ def batch() -> Tensor:
 
 
 CLASSES = (3, 1, 6, 2)
+CLASS_PAIRS, DATA_PAIRS = ((0, 1), (2, 3)), ((0, 2), (1, 3))  # ranks with the same data, with the same classes
 LINEAR = ["linear_z_loss", "linear_spherical_softmax_loss", "linear_taylor_softmax_loss", "linear_one_hot_mse_loss"]
 
 
@@ -427,6 +428,36 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
     whole(hidden, target).backward()
     whole.step(0.1, group=mesh)
     return heard
+
+
+def data_beside_classes(rank: int, pairs: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    """Ranks 0 and 1 split the classes of some data, ranks 2 and 3 those of other data."""
+    classes = next(group for ranks, group in pairs.items() if rank in ranks and ranks in CLASS_PAIRS)
+    data = next(group for ranks, group in pairs.items() if rank in ranks and ranks in DATA_PAIRS)
+    layer = factored_layer(None)
+    start = layer.to_linear()
+    with torch.no_grad():
+        half = torch.nn.Linear(D, 6, dtype=torch.float64)
+        for own, full in ((half.weight, start.weight), (half.bias, start.bias)):
+            own.copy_(full[6 * (rank % 2) :][:6])
+    layer = fastloss.FactoredOutput.from_linear(half, class_group=classes)
+    hidden, target = two_batches()[rank // 2]
+    layer(hidden, target).backward()
+    errors = []
+    odd = rank == 1
+    for lr in (-1.0 if odd else 0.1, 0.1 + odd):
+        try:
+            layer.step(lr, group=data)
+        except (ValueError, RuntimeError) as error:
+            errors.append(str(error))
+    layer.step(0.1, 0.01, group=data)
+    return {"errors": errors, "weight": layer.weight()}
+
+
+def two_batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(2, 5, D, generator=generator, dtype=torch.float64)
+    return list(zip(hidden, torch.randint(12, (2, 5), generator=generator), strict=True))
 
 
 def with_modules(rank: int) -> dict[str, Any]:
@@ -618,6 +649,8 @@ def worker(rank: int, folder: str) -> None:
         found["modules"] = with_modules(rank)
         found |= {form: split_factored(groups[4], form) for form in FORMS}
         found["classes"] = split_classes(groups[4])
+        pairs = {ranks: distributed.new_group(ranks, timeout=TIMEOUT) for ranks in CLASS_PAIRS + DATA_PAIRS}
+        found["data beside classes"] = data_beside_classes(rank, pairs)
         if rank in WORLDS[3]:
             mine = distributed.get_rank(groups[3])
             found["infinite"] = {schedule: infinite_losses(groups[3], mine, schedule) for schedule in SCHEDULES}
@@ -795,7 +828,7 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
         "layer class": (refused, "`target` must be in [0, 10)"),
         "layer split lr": ("`lr` must be the same on all ranks",) * 2,
         "layer split refused": (refused, "`lr` must be finite and at least 0"),
-        "layer split backward": ("whether there is a gradient must be the same on all ranks",) * 2,
+        "layer split backward": ("the number of examples with a gradient must be the same on all ranks",) * 2,
         "layer without classes": ("must have at least one class, got 5, 0, 5, 5",) * 2,
         "layer lr": (refused, "`lr` must be finite and at least 0"),
         "layer transform": ("does not work under torch.func's transforms",) * 2,
@@ -848,6 +881,24 @@ def test_factored_layer_with_split_classes_is_the_layer_of_one_process(
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), weight, rtol=1e-9, atol=1e-11)
     assert [len(part["fresh"]) for part in parts] == [3, 3, 2, 2]
     assert len(torch.cat([part["fresh"] for part in parts]).unique(dim=0)) == 10
+
+
+def test_factored_layer_with_split_classes_and_other_data_beside(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    layer = factored_layer(None)
+    for hidden, target in two_batches():
+        (layer(hidden, target) / 2).backward()
+        layer.accumulate = True
+    layer.step(0.1, 0.01)
+    refused = "of the group refused its arguments"
+    for rank, found in enumerate(ranks[1]):
+        part = found["data beside classes"]
+        mine = layer.weight()[6 * (rank % 2) :][:6]
+        torch.testing.assert_close(part["weight"], mine, rtol=1e-9, atol=1e-11)
+        bad, other_rate = part["errors"]
+        assert ("`lr` must be finite and at least 0" if rank == 1 else refused) in bad
+        assert ("`lr` and `weight_decay` must be the same on all ranks" if rank % 2 else refused) in other_rate
 
 
 def test_modules_are_the_functions_over_all_processes(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -548,19 +548,15 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        # Whoever waits for this rank hears of it: the ranks with the other classes, and those with other data.
         split = None if self._split is None else self._split.group
-        announced(name, group, announced, name, split, self._check_step, name, lr, weight_decay)
-        grads = _joined(self._pending) if self._pending else None
-        if group is not None:
-            grads = _gathered(grads, self.v, (lr, weight_decay), group)
+        # Whoever waits for this rank hears of an error: the ranks with other data, then those with the other classes.
+        grads = announced(name, split, self._of_all_data, name, lr, weight_decay, group)
         if split is not None:
-            facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
+            count = 0 if grads is None else len(grads.hidden)
+            facts = {"`lr`": lr, "`weight_decay`": weight_decay, "the number of examples with a gradient": count}
             agree(name, split, self.v, None, {}, "auto", facts)
         if grads is None:
             return None
-        if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
-            raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
             with full_precision(self.v):
                 plan: dense.Plan | factored.Plan = self._form.plan(
@@ -573,10 +569,19 @@ class FactoredOutput(nn.Module):
                 raise RuntimeError(f"{name}: the step is not finite; zero_grad() discards it") from None
             raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it") from None
 
-    def _check_step(self, name: str, lr: float, weight_decay: float) -> None:
+    def _of_all_data(self, name: str, lr: float, weight_decay: float, group: Any) -> factored.Gradients | None:
+        """The gradients of this rank or, of a group, all its ranks."""
+        grads = announced(name, group, self._of_this_rank, name, lr, weight_decay)
+        return grads if group is None else _gathered(grads, self.v, (lr, weight_decay), group)
+
+    def _of_this_rank(self, name: str, lr: float, weight_decay: float) -> factored.Gradients | None:
         check_number(name, "lr", lr, least=0)
         check_number(name, "weight_decay", weight_decay, least=0)
         self._check_dtype(name)
+        for part in self._pending:
+            if part.hidden.dtype != self.v.dtype or part.hidden.device != self.v.device:
+                raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
+        return _joined(self._pending) if self._pending else None
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:

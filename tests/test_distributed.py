@@ -6,6 +6,7 @@ Four processes run every case once, in groups of two, three and four of them; th
 from __future__ import annotations
 
 import copy
+import itertools
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ import fastloss
 import fastloss.reference
 from fastloss._distributed import AllGather, Ring, World
 from fastloss.spherical import modules as spherical_modules
+from fastloss.spherical.distributed import facts_of
 from tests.support import assert_as_accurate_as_torch, peak_bytes
 
 WORLDS = {2: [0, 2], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes
@@ -378,6 +380,8 @@ def split_classes(group: Any) -> dict[str, Any]:
         "range": {"target": torch.full((9,), 12)},
         "odd": {"bias": None},
         "one range": {"target": torch.full((9,), 12)},
+        "order": {"target": same["target"].flip(0)},
+        "weights": {"sample_weight": None},
         "margin": {"b": 2.0},
         "sharpness": {"a": -1.0},
     }
@@ -405,6 +409,9 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
     calls: dict[str, Any] = {
         "width": lambda: split(hidden[:, : D - odd], target),
         "class": lambda: split(hidden, target + 10 * odd),
+        "order": lambda: split(hidden, torch.tensor([2, 1, 3]) if odd else target),
+        "weights": lambda: split(hidden, target, sample_weight=torch.ones(3) if odd else None),
+        "ignored": lambda: split(hidden, torch.tensor([0, -100 if odd else 0, 3])),
         "split lr": lambda: split.step(0.1 + odd),
         "split refused": lambda: split.step(-1.0 if odd else 0.1),
         "split backward": step_of_most,
@@ -822,10 +829,15 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
         "range": ("`target` must hold classes 0 to 11, or `ignore_index`, got 12",) * 2,
         "odd": ("whether `bias` is given must be the same on all ranks",) * 2,
         "one range": ("target` must be the same on all ranks",) * 2,
+        "order": ("`target` (its checksum) must be the same on all ranks",) * 2,
+        "weights": ("whether `sample_weight` is given must be the same on all ranks",) * 2,
         "margin": ("`b` must be the same on all ranks of the group, got 0, 2, 0, 0",) * 2,
         "sharpness": (refused, "`a` must be finite and greater than 0"),
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),
+        "layer order": ("`target` (its checksum) must be the same on all ranks",) * 2,
+        "layer weights": ("got none, `sample_weight`, none, none (rank by rank)",) * 2,
+        "layer ignored": ("smallest `target` must be the same on all ranks of the group, got 0, -1, 0, 0",) * 2,
         "layer split lr": ("`lr` must be the same on all ranks",) * 2,
         "layer split refused": (refused, "`lr` must be finite and at least 0"),
         "layer split backward": ("the number of examples with a gradient must be the same on all ranks",) * 2,
@@ -836,6 +848,13 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
     for rank, found in enumerate(ranks[1]):
         for name, message in messages.items():
             assert message[rank == 1] in found["classes"][name], name
+
+
+def test_checksum_tells_orders_of_targets_apart() -> None:
+    orders = list(itertools.permutations(range(1, 7)))
+    found = [facts_of(torch.tensor(order))["`target` (its checksum)"] for order in orders]
+    assert len(set(map(float, found))) == len(orders)
+    assert all(int(float(x)) == x for x in found)  # as the ranks send it
 
 
 @pytest.mark.parametrize(("problem", "schedule"), PROBLEMS, ids=str)

@@ -28,7 +28,7 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import World, agree, announced
-from fastloss.spherical.distributed import range_of, split_class_weight, split_linear_moments
+from fastloss.spherical.distributed import facts_of, split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
 from fastloss.spherical.tiles import accumulation_dtype
 
@@ -647,8 +647,9 @@ def _linear_rows(
             "`reduction`": reduction,
             "whether `bias` is given": bias is not None,
             "whether `class_weight` is given": class_weight is not None,
+            "whether `sample_weight` is given": sample_weight is not None,
             "`ignore_index`": ignore_index,
-            **range_of(target),
+            **facts_of(target),
             **(options or {}),
         }
         differentiable = {"hidden": hidden, "weight": weight, "bias": bias}

@@ -25,7 +25,7 @@ from fastloss._checks import (
 from fastloss._distributed import World, agree, all_sum, announced, exchange
 from fastloss._ops import full_precision
 from fastloss.spherical import dense, factored
-from fastloss.spherical.distributed import range_of
+from fastloss.spherical.distributed import facts_of
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -152,9 +152,10 @@ class FactoredOutput(nn.Module):
     Split classes:
         With `class_group` each rank holds V for classes of its own, in the order of the ranks, and the (D, D) matrices
         that all ranks share and keep the same by the same steps: on processors that round alike. Hidden states, targets
-        and weights are the same on all ranks, targets and `class_weight` of all classes. A forward pass sums the rows
-        of the targets over the ranks, (B, K, D) numbers; a step sends a few numbers, since ranks compare its options.
-        Loss, gradient to hidden and step are those of one process. ``group=`` of a step is another group, of data.
+        (which are compared) and weights are the same on all ranks, targets and `class_weight` of all classes. A forward
+        pass sums the rows of the targets over the ranks, (B, K, D) numbers; a step sends a few numbers, since ranks
+        compare its options. Loss, gradient to hidden and step are those of one process. ``group=`` of a step is another
+        group, of data.
 
     Autocast and compilation:
         In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
@@ -411,7 +412,14 @@ class FactoredOutput(nn.Module):
         )
         count, weighted = target.shape[1], target_weight is not None
         if self._split is not None:
-            facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training, **range_of(target)}
+            seen = target if ignored is None else target.masked_fill(ignored.reshape(target.shape), -1)
+            given = {"target_weight": target_weight, "class_weight": class_weight, "sample_weight": sample_weight}
+            facts = {
+                "the shape of `target`": str(tuple(target.shape)),
+                "grad mode": training,
+                "which weights are given": {label: w is not None for label, w in given.items()},
+                **facts_of(seen),
+            }
             agree(name, group, self.v, None, {}, "auto", facts)
         if training and self._open and not self.accumulate:
             raise RuntimeError(

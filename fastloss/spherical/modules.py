@@ -676,6 +676,11 @@ class FactoredOutput(nn.Module):
         self.zero_grad()
         self._revision += 1
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for name in self._numbers():  # with assign=True they are whatever the dict has; the kernels know no strides
+            setattr(self, name, self.get_buffer(name).contiguous())
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without gradients
         return {**self.__dict__, "_pending": [], "_open": 0, "_scratch": factored.Scratch()}

@@ -268,6 +268,17 @@ def test_two_layers_with_their_own_rates() -> None:
     assert first.steps == 4
 
 
+def test_state_of_any_strides_is_loaded() -> None:
+    layer, other = FactoredOutput(4, 20), FactoredOutput(4, 20)
+    strided = {name: torch.stack((x, x), -1)[..., 0] for name, x in layer.state_dict().items()}
+    other.load_state_dict(strided, assign=True)
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for each in (layer, other):
+        each(x, y).backward()
+        each.step(0.1)
+    assert torch.equal(other.weight(), layer.weight())
+
+
 def test_errors_leave_the_state() -> None:
     layer = FactoredOutput(4, 9)
     before = copy.deepcopy(layer.state_dict())

@@ -801,7 +801,13 @@ class FactoredSGD(torch.optim.Optimizer):
     Raises:
         TypeError: a layer of another class.
         ValueError: no layers, one layer twice, a number out of its range.
-        RuntimeError: a gradient or a step that is not finite; no layer has changed then.
+        RuntimeError: a gradient or a step that is not finite; no layer has changed then. A step by a
+            ``torch.amp.GradScaler``.
+
+    Gradient scaling:
+        A scaler finds no gradients to unscale here, and the layer, which is not in 16 bits, needs none of its scale:
+        scale what leaves the layer, ``hidden.register_hook(scaler.scale)``, instead of the loss. Then ``step()`` of
+        this optimizer and ``scaler.step`` of that of the 16-bit layers have the gradients they should have.
 
     Example:
         >>> layer = fastloss.FactoredOutput(4, 10)
@@ -851,6 +857,13 @@ class FactoredSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers, "_group": self._group}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # a GradScaler asks before a step
+        raise RuntimeError(
+            "FactoredSGD: a GradScaler cannot unscale the gradients of a FactoredOutput; scale those that leave the "
+            "layer, hidden.register_hook(scaler.scale), instead of the loss, and call step() of this optimizer"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

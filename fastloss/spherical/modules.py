@@ -793,7 +793,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Args:
         layers: a FactoredOutput, or an iterable of them or of dicts with the key "layer" and options of their own.
-            Each layer is a parameter group; learning-rate schedulers work as with any optimizer.
+            Each layer is a parameter group, `add_param_group` adds one; learning-rate schedulers work as with any
+            optimizer.
         lr: float >= 0.
         weight_decay: float >= 0.
         group: a ``torch.distributed`` process group or a mesh of one dimension, see :class:`fastloss.FactoredOutput`.
@@ -828,32 +829,38 @@ class FactoredSGD(torch.optim.Optimizer):
         *,
         group: Any = None,
     ) -> None:
-        name = "FactoredSGD"
-        self._group = check_group(name, group)
-        defaults = {"lr": lr, "weight_decay": weight_decay}
+        self._group = check_group("FactoredSGD", group)
         self._layers: list[FactoredOutput] = []
-        groups: list[dict[str, Any]] = []
         if not isinstance(layers, (nn.Module, Iterable)):
-            raise TypeError(f"{name}: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
-        for item in [layers] if isinstance(layers, nn.Module) else layers:
-            options = dict(item) if isinstance(item, dict) else {"layer": item}
-            layer = options.pop("layer", None)
-            if not isinstance(layer, FactoredOutput):
-                raise TypeError(f"{name}: `layers` must hold FactoredOutput, got {type(layer).__name__}")
-            for label, value in {**defaults, **options}.items():
-                if label not in defaults:
-                    raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
-                check_number(name, label, value, least=0)
-            if any(layer is other for other in self._layers):
-                raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
-            self._layers.append(layer)
-            # No parameter is trained here; a small tensor of the layer stands for it in the group.
-            groups.append({"params": [layer.mean], **options})
-        if not groups:
+            raise TypeError(f"FactoredSGD: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
+        items = [layers] if isinstance(layers, nn.Module) else list(layers)
+        if not items:
             raise ValueError(
-                f"{name}: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), got none"
+                "FactoredSGD: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), "
+                "got none"
             )
-        super().__init__(groups, defaults)
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__([item if isinstance(item, dict) else {"layer": item} for item in items], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more layer: {"layer": layer}, with options of its own."""
+        name = "FactoredSGD"
+        if not isinstance(param_group, dict) or "layer" not in param_group:
+            got = f"the keys {', '.join(param_group)}" if isinstance(param_group, dict) else type(param_group).__name__
+            raise TypeError(f"{name}: a parameter group must be a dict with the key 'layer', got {got}")
+        options = dict(param_group)
+        layer = options.pop("layer")
+        if not isinstance(layer, FactoredOutput):
+            raise TypeError(f"{name}: `layers` must hold FactoredOutput, got {type(layer).__name__}")
+        for label, value in {**self.defaults, **options}.items():
+            if label not in self.defaults:
+                raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
+            check_number(name, label, value, least=0)
+        if any(layer is other for other in self._layers):
+            raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
+        # No parameter is trained here; a small tensor of the layer stands for it in the group.
+        super().add_param_group({"params": [layer.mean], **options})
+        self._layers.append(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers, "_group": self._group}

@@ -268,6 +268,27 @@ def test_two_layers_with_their_own_rates() -> None:
     assert first.steps == 4
 
 
+def test_layer_is_added_to_an_optimizer() -> None:
+    first, second = trained(), trained()
+    optimizer = FactoredSGD(first, lr=0.1)
+    with pytest.raises(TypeError, match="a parameter group must be a dict with the key 'layer', got the keys params"):
+        optimizer.add_param_group({"params": [torch.zeros(3)]})
+    with pytest.raises(ValueError, match="each layer once"):
+        optimizer.add_param_group({"layer": first})
+    with pytest.raises(ValueError, match="`lr` must be finite and at least 0, got -1"):
+        optimizer.add_param_group({"layer": second, "lr": -1})
+    optimizer.add_param_group({"layer": second, "lr": 0.2})
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for layer in (first, second):
+        layer(x, y).backward()
+    expected = copy.deepcopy(second)
+    expected(x, y).backward()
+    expected.step(0.2)
+    optimizer.step()
+    assert torch.equal(second.weight(), expected.weight())
+    assert (first.steps, second.steps) == (4, 4)
+
+
 def test_gradient_scaler_scales_what_leaves_the_layer() -> None:
     x, y = torch.randn(5, 4), torch.randint(20, (5,))
     scaled, plain = trained(), trained()

@@ -222,11 +222,11 @@ class FactoredOutput(nn.Module):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
         for label, flag in (("bias", bias), ("accumulate", accumulate)):
             check_flag(name, label, flag)
-        check_number(name, "max_scale", max_scale, above=1)
+        max_scale = check_number(name, "max_scale", max_scale, above=1)
         check_int(name, "refresh_every", refresh_every, least=0)
         check_int(name, "ignore_index", ignore_index)
         eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
-        check_z(name, a, b, eps, dtype)
+        a, b, eps = check_z(name, a, b, eps, dtype)
         if loss == "spherical":
             check_number(name, "eps", eps, above=0, dtype=dtype)
         self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bias
@@ -559,6 +559,7 @@ class FactoredOutput(nn.Module):
         split = None if self._split is None else self._split.group
         # Whoever waits for this rank hears of an error: the ranks with other data, then those with the other classes.
         grads = announced(name, split, self._of_all_data, name, lr, weight_decay, group)
+        lr, weight_decay = float(lr), float(weight_decay)
         if split is not None:
             count = 0 if grads is None else len(grads.hidden)
             facts = {"`lr`": lr, "`weight_decay`": weight_decay, "the number of examples with a gradient": count}
@@ -855,7 +856,7 @@ class FactoredSGD(torch.optim.Optimizer):
         for label, value in {**self.defaults, **options}.items():
             if label not in self.defaults:
                 raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
-            check_number(name, label, value, least=0)
+            options[label] = check_number(name, label, value, least=0)
         if any(layer is other for other in self._layers):
             raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
         # No parameter is trained here; a small tensor of the layer stands for it in the group.

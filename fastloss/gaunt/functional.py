@@ -115,8 +115,8 @@ def gaunt_tensor_product(
     l2 = _check_function(name, "x2", x2, dim)
     dtype = _common_dtype(name, ("x1", "x2"), (x1, x2))
     l3 = _check_degree(name, "lmax_out", l1 + l2 if lmax_out is None else lmax_out)
-    _check_choice(name, "method", method, METHODS)
-    _check_choice(name, "normalization", normalization, NORMALIZATIONS)
+    check_one_of(name, "method", method, METHODS)
+    check_one_of(name, "normalization", normalization, NORMALIZATIONS)
     w1, w2, w3 = _check_weights(name, weights, (l1, l2, l3), x1)
     _check_weights_broadcast(name, (w1, w2, w3), x1, x2, dim)
     squared = x1 is x2 and w1 is w2
@@ -290,7 +290,7 @@ def gaunt_convolution(
     dtype = _common_dtype(name, ("x", "vectors"), (x, vectors))
     lf = _check_degree(name, "lmax_filter", lmax_filter)
     l3 = _check_degree(name, "lmax_out", degree + lf if lmax_out is None else lmax_out)
-    _check_choice(name, "normalization", normalization, NORMALIZATIONS)
+    check_one_of(name, "normalization", normalization, NORMALIZATIONS)
     if weights is not None:
         _check_weights(name, (weights, None, None), (lf, lf, lf), x, names=("weights", "", ""))
         lead = tuple(weights.shape[:-1])
@@ -363,7 +363,7 @@ def spherical_harmonics(
     _check_vectors(name, vectors)
     check_flag(name, "normalize", normalize)
     degree = _check_degree(name, "lmax", lmax)
-    _check_choice(name, "normalization", normalization, NORMALIZATIONS)
+    check_one_of(name, "normalization", normalization, NORMALIZATIONS)
     values = _harmonics(vectors, degree, normalize)
     return (values * norms(normalization, degree, values)).to(vectors.dtype)
 
@@ -493,7 +493,7 @@ def _product(
     dtype = _common_dtype(name, names, xs)
     wanted = _check_degree(name, "lmax_out", sum(degrees) if lmax_out is None else lmax_out)
     degree = min(wanted, sum(degrees))
-    _check_choice(name, "normalization", normalization, NORMALIZATIONS)
+    check_one_of(name, "normalization", normalization, NORMALIZATIONS)
     distinct: list[int] = []  # positions of the first of each tensor
     factors = []
     for i, x in enumerate(xs):
@@ -556,7 +556,7 @@ def _check_degree(name: str, argument: str, degree: Any) -> int:
     return degree if isinstance(degree, int) else int(degree)
 
 
-def _check_choice(name: str, argument: str, value: Any, choices: Sequence[str]) -> None:
+def check_one_of(name: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: `{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -696,15 +696,22 @@ def _check_labels(
         raise ValueError(f"{function}: C, the number of classes, must be at least 1, got 0")
     check_int(function, "ignore_index", ignore_index)
     target = check_ids(function, "target", target, (x.shape[0],), name, x)
+    check_weights(function, class_weight, sample_weight, classes, name, x)
+    return class_ids(target, ignore_index)
+
+
+def check_weights(
+    function: str, class_weight: Tensor | None, sample_weight: Tensor | None, classes: int, name: str, x: Tensor
+) -> None:
+    """`x` has a row for each example, and is called `name`."""
     for label, w, size, shape, why in (
         ("class_weight", class_weight, classes, "(C,)", "one a class"),
-        ("sample_weight", sample_weight, x.shape[0], "(B,)", "one an example"),
+        ("sample_weight", sample_weight, len(x), "(B,)", "one an example"),
     ):
         if w is not None:
             check_floating(function, label, w, shape, 1)
             check_size(function, label, w, 0, size, why)
             check_device(function, label, w, name, x)
-    return class_ids(target, ignore_index)
 
 
 def _weighted(

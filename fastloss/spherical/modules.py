@@ -26,7 +26,7 @@ from fastloss._distributed import World, agree, all_sum, announced, exchange
 from fastloss._ops import full_precision
 from fastloss.spherical import dense, factored
 from fastloss.spherical.distributed import facts_of
-from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
+from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_weights, check_z
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -491,14 +491,7 @@ class FactoredOutput(nn.Module):
     ) -> Tensor | None:
         if class_weight is not None and count != 1:
             raise ValueError(f"{name}: `class_weight` must be None with several targets an example (use target_weight)")
-        for label, w, size, shape, why in (
-            ("class_weight", class_weight, self.num_classes, "(C,)", "one a class"),
-            ("sample_weight", sample_weight, len(target), "(B,)", "one an example"),
-        ):
-            if w is not None:
-                check_floating(name, label, w, shape, 1)
-                check_size(name, label, w, 0, size, why)
-                check_device(name, label, w, "the layer", self.v)
+        check_weights(name, class_weight, sample_weight, self.num_classes, "the layer", target)
         weight = None if sample_weight is None else sample_weight.to(self.v.dtype)
         if class_weight is not None:
             of_class = class_weight[target[:, 0]].to(self.v.dtype)

@@ -406,7 +406,17 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
             loss.backward()
         fastloss.FactoredSGD(split).step()
 
+    def forward_twice() -> None:
+        split(hidden, target)
+        if not odd:
+            split.zero_grad()
+        try:
+            split(hidden, target)
+        finally:
+            split.zero_grad()
+
     calls: dict[str, Any] = {
+        "forward": forward_twice,
         "width": lambda: split(hidden[:, : D - odd], target),
         "class": lambda: split(hidden, target + 10 * odd),
         "order": lambda: split(hidden, torch.tensor([2, 1, 3]) if odd else target),
@@ -833,6 +843,7 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
         "weights": ("whether `sample_weight` is given must be the same on all ranks",) * 2,
         "margin": ("`b` must be the same on all ranks of the group, got 0, 2, 0, 0",) * 2,
         "sharpness": (refused, "`a` must be finite and greater than 0"),
+        "layer forward": (refused, "second forward before a step"),
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),
         "layer order": ("`target` (its checksum) must be the same on all ranks",) * 2,

@@ -421,11 +421,6 @@ class FactoredOutput(nn.Module):
                 **facts_of(seen),
             }
             agree(name, group, self.v, None, {}, "auto", facts)
-        if training and self._open and not self.accumulate:
-            raise RuntimeError(
-                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
-                "accumulate=True adds their gradients, torch.no_grad() keeps none"
-            )
         if ignored is not None:
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
@@ -473,6 +468,11 @@ class FactoredOutput(nn.Module):
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
         row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
+        if torch.is_grad_enabled() and self._open and not self.accumulate:
+            raise RuntimeError(
+                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
+                "accumulate=True adds their gradients, torch.no_grad() keeps none"
+            )
         return inputs, target, ignored, target_weight, row_weight
 
     def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:

@@ -132,20 +132,22 @@ def check_number(
     above: float | None = None,
     least: float | None = None,
     dtype: torch.dtype = torch.float64,
-) -> None:
-    """A Python number, finite, and greater than `above` or at least `least`; in `dtype`, too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+) -> float:
+    """A number, NumPy's as Python's, finite, and greater than `above` or at least `least`; in `dtype`, too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{function}: `{name}` must be a float, got {type(value).__name__}")
+    x: float = value if isinstance(value, (int, float)) else float(value)
     limit = torch.finfo(torch.float64).max
-    if not -limit <= value <= limit or (above is not None and value <= above) or (least is not None and value < least):
+    if not -limit <= x <= limit or (above is not None and x <= above) or (least is not None and x < least):
         bound = (
             f" and greater than {above}" if above is not None else f" and at least {least}" if least is not None else ""
         )
-        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {_shown(value)}")
+        raise ValueError(f"{function}: `{name}` must be finite{bound}, got {_shown(x)}")
     limit, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    if not -limit <= value <= limit or (above == 0 and value < tiny):
+    if not -limit <= x <= limit or (above == 0 and x < tiny):
         bound = f"{tiny if above == 0 else -limit:.3g} to {limit:.3g}"
-        raise ValueError(f"{function}: `{name}` must be in the range of {dtype}, {bound}, got {value}")
+        raise ValueError(f"{function}: `{name}` must be in the range of {dtype}, {bound}, got {x}")
+    return x
 
 
 def check_int(function: str, name: str, value: Any, *, least: int = -(2**63), most: int = 2**63 - 1) -> None:

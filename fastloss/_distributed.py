@@ -157,7 +157,7 @@ def announced(function: str, group: Any, check: Callable[..., T], *args: Any) ->
         return check(*args)
     try:
         return check(*args)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         if dist.get_world_size(group) > 1:
             _show(group, [_REFUSED, zlib.crc32(function.encode())])
         raise

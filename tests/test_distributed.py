@@ -6,6 +6,7 @@ Four processes run every case once, in groups of two, three and four of them; th
 from __future__ import annotations
 
 import copy
+import itertools
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ import fastloss
 import fastloss.reference
 from fastloss._distributed import AllGather, Ring, World
 from fastloss.spherical import modules as spherical_modules
+from fastloss.spherical.distributed import facts_of
 from tests.support import assert_as_accurate_as_torch, peak_bytes
 
 WORLDS = {2: [0, 2], 3: [1, 2, 3], 4: [0, 1, 2, 3]}  # group size: its processes
@@ -282,6 +284,7 @@ def batch() -> Tensor:
 
 
 CLASSES = (3, 1, 6, 2)
+CLASS_PAIRS, DATA_PAIRS = ((0, 1), (2, 3)), ((0, 2), (1, 3))  # ranks with the same data, with the same classes
 LINEAR = ["linear_z_loss", "linear_spherical_softmax_loss", "linear_taylor_softmax_loss", "linear_one_hot_mse_loss"]
 
 
@@ -377,6 +380,8 @@ def split_classes(group: Any) -> dict[str, Any]:
         "range": {"target": torch.full((9,), 12)},
         "odd": {"bias": None},
         "one range": {"target": torch.full((9,), 12)},
+        "order": {"target": same["target"].flip(0)},
+        "weights": {"sample_weight": None},
         "margin": {"b": 2.0},
         "sharpness": {"a": -1.0},
     }
@@ -401,9 +406,22 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
             loss.backward()
         fastloss.FactoredSGD(split).step()
 
+    def forward_twice() -> None:
+        split(hidden, target)
+        if not odd:
+            split.zero_grad()
+        try:
+            split(hidden, target)
+        finally:
+            split.zero_grad()
+
     calls: dict[str, Any] = {
+        "forward": forward_twice,
         "width": lambda: split(hidden[:, : D - odd], target),
         "class": lambda: split(hidden, target + 10 * odd),
+        "order": lambda: split(hidden, torch.tensor([2, 1, 3]) if odd else target),
+        "weights": lambda: split(hidden, target, sample_weight=torch.ones(3) if odd else None),
+        "ignored": lambda: split(hidden, torch.tensor([0, -100 if odd else 0, 3])),
         "split lr": lambda: split.step(0.1 + odd),
         "split refused": lambda: split.step(-1.0 if odd else 0.1),
         "split backward": step_of_most,
@@ -427,6 +445,36 @@ def refusals_of_layers(group: Any, rank: int) -> dict[str, str]:
     whole(hidden, target).backward()
     whole.step(0.1, group=mesh)
     return heard
+
+
+def data_beside_classes(rank: int, pairs: dict[tuple[int, int], Any]) -> dict[str, Any]:
+    """Ranks 0 and 1 split the classes of some data, ranks 2 and 3 those of other data."""
+    classes = next(group for ranks, group in pairs.items() if rank in ranks and ranks in CLASS_PAIRS)
+    data = next(group for ranks, group in pairs.items() if rank in ranks and ranks in DATA_PAIRS)
+    layer = factored_layer(None)
+    start = layer.to_linear()
+    with torch.no_grad():
+        half = torch.nn.Linear(D, 6, dtype=torch.float64)
+        for own, full in ((half.weight, start.weight), (half.bias, start.bias)):
+            own.copy_(full[6 * (rank % 2) :][:6])
+    layer = fastloss.FactoredOutput.from_linear(half, class_group=classes)
+    hidden, target = two_batches()[rank // 2]
+    layer(hidden, target).backward()
+    errors = []
+    odd = rank == 1
+    for lr in (-1.0 if odd else 0.1, 0.1 + odd):
+        try:
+            layer.step(lr, group=data)
+        except (ValueError, RuntimeError) as error:
+            errors.append(str(error))
+    layer.step(0.1, 0.01, group=data)
+    return {"errors": errors, "weight": layer.weight()}
+
+
+def two_batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(2, 5, D, generator=generator, dtype=torch.float64)
+    return list(zip(hidden, torch.randint(12, (2, 5), generator=generator), strict=True))
 
 
 def with_modules(rank: int) -> dict[str, Any]:
@@ -618,6 +666,8 @@ def worker(rank: int, folder: str) -> None:
         found["modules"] = with_modules(rank)
         found |= {form: split_factored(groups[4], form) for form in FORMS}
         found["classes"] = split_classes(groups[4])
+        pairs = {ranks: distributed.new_group(ranks, timeout=TIMEOUT) for ranks in CLASS_PAIRS + DATA_PAIRS}
+        found["data beside classes"] = data_beside_classes(rank, pairs)
         if rank in WORLDS[3]:
             mine = distributed.get_rank(groups[3])
             found["infinite"] = {schedule: infinite_losses(groups[3], mine, schedule) for schedule in SCHEDULES}
@@ -789,13 +839,19 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
         "range": ("`target` must hold classes 0 to 11, or `ignore_index`, got 12",) * 2,
         "odd": ("whether `bias` is given must be the same on all ranks",) * 2,
         "one range": ("target` must be the same on all ranks",) * 2,
+        "order": ("`target` (its checksum) must be the same on all ranks",) * 2,
+        "weights": ("whether `sample_weight` is given must be the same on all ranks",) * 2,
         "margin": ("`b` must be the same on all ranks of the group, got 0, 2, 0, 0",) * 2,
         "sharpness": (refused, "`a` must be finite and greater than 0"),
+        "layer forward": (refused, "second forward before a step"),
         "layer width": (refused, "`hidden` must have size 6"),
         "layer class": (refused, "`target` must be in [0, 10)"),
+        "layer order": ("`target` (its checksum) must be the same on all ranks",) * 2,
+        "layer weights": ("got none, `sample_weight`, none, none (rank by rank)",) * 2,
+        "layer ignored": ("smallest `target` must be the same on all ranks of the group, got 0, -1, 0, 0",) * 2,
         "layer split lr": ("`lr` must be the same on all ranks",) * 2,
         "layer split refused": (refused, "`lr` must be finite and at least 0"),
-        "layer split backward": ("whether there is a gradient must be the same on all ranks",) * 2,
+        "layer split backward": ("the number of examples with a gradient must be the same on all ranks",) * 2,
         "layer without classes": ("must have at least one class, got 5, 0, 5, 5",) * 2,
         "layer lr": (refused, "`lr` must be finite and at least 0"),
         "layer transform": ("does not work under torch.func's transforms",) * 2,
@@ -803,6 +859,13 @@ def test_ranks_that_split_the_classes_hear_of_bad_input(ranks: tuple[Path, list[
     for rank, found in enumerate(ranks[1]):
         for name, message in messages.items():
             assert message[rank == 1] in found["classes"][name], name
+
+
+def test_checksum_tells_orders_of_targets_apart() -> None:
+    orders = list(itertools.permutations(range(1, 7)))
+    found = [facts_of(torch.tensor(order))["`target` (its checksum)"] for order in orders]
+    assert len(set(map(float, found))) == len(orders)
+    assert all(int(float(x)) == x for x in found)  # as the ranks send it
 
 
 @pytest.mark.parametrize(("problem", "schedule"), PROBLEMS, ids=str)
@@ -848,6 +911,24 @@ def test_factored_layer_with_split_classes_is_the_layer_of_one_process(
     torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), weight, rtol=1e-9, atol=1e-11)
     assert [len(part["fresh"]) for part in parts] == [3, 3, 2, 2]
     assert len(torch.cat([part["fresh"] for part in parts]).unique(dim=0)) == 10
+
+
+def test_factored_layer_with_split_classes_and_other_data_beside(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    layer = factored_layer(None)
+    for hidden, target in two_batches():
+        (layer(hidden, target) / 2).backward()
+        layer.accumulate = True
+    layer.step(0.1, 0.01)
+    refused = "of the group refused its arguments"
+    for rank, found in enumerate(ranks[1]):
+        part = found["data beside classes"]
+        mine = layer.weight()[6 * (rank % 2) :][:6]
+        torch.testing.assert_close(part["weight"], mine, rtol=1e-9, atol=1e-11)
+        bad, other_rate = part["errors"]
+        assert ("`lr` must be finite and at least 0" if rank == 1 else refused) in bad
+        assert ("`lr` and `weight_decay` must be the same on all ranks" if rank % 2 else refused) in other_rate
 
 
 def test_modules_are_the_functions_over_all_processes(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

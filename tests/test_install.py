@@ -23,6 +23,31 @@ print(fastloss.__file__)
 print(fastloss.backends()["native"])
 print(fastloss.backends()["cuda"])
 """
+# PyTorch built without processes has none of these names, and so no `torch.distributed.is_initialized`.
+WITHOUT_PROCESSES = """
+import sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "torch.distributed":
+            import torch._C
+            for name in {"_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init"} & set(dir(torch._C)):
+                delattr(torch._C, name)
+
+sys.meta_path.insert(0, Finder)
+import torch, fastloss
+assert not hasattr(torch.distributed, "is_initialized")
+x = torch.eye(3)
+fastloss.NTXentLoss(gather_distributed=True)(x, x)
+layer = fastloss.FactoredOutput(3, 9)
+layer(x, torch.arange(3)).backward()
+fastloss.FactoredSGD(layer).step()
+for call in (lambda: fastloss.nt_xent(x, x, group=3), lambda: fastloss.ClipLoss(world_size=2)):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(error)
+"""
 NO_COMPILER = {"CXX": "/nonexistent/c++", "FASTLOSS_REQUIRE_NATIVE": "0"}
 NO_NVCC = {
     "CUDA_HOME": "/nonexistent",
@@ -93,6 +118,14 @@ def test_it_refuses_without_what_is_required(environment: dict[str, str], tmp_pa
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("make", "bash", "timeout"))), reason="needs make, bash and timeout")
+def test_pytorch_without_processes() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_PROCESSES], capture_output=True, text=True)
+    assert run.stdout.splitlines() == [
+        "nt_xent: `group` must be None or a process group, got int",
+        "ClipLoss: `world_size` must be 1 without initialised processes, got 2",
+    ], run.stderr
+
+
 def test_make_gpu_runs_every_part_whatever_became_of_the_one_before(tmp_path: Path) -> None:
     """With a Python that notes its arguments and fails in the tests and in the benchmark."""
     calls, python = tmp_path / "calls", tmp_path / "python"

@@ -213,7 +213,7 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor, *, ids: Tensor | None = None) -> Tensor:
         """(B, D) views and (B,) ids: a loss of shape () or, for "none", (2B,)."""
         group = self.group
-        if group is None and self.gather_distributed and torch.distributed.is_initialized():
+        if group is None and self.gather_distributed and _initialised():
             group = torch.distributed.group.WORLD
         return nt_xent(
             out0,
@@ -234,10 +234,15 @@ def _shown(temperature: float | Tensor) -> str:
     return "learned" if isinstance(temperature, Tensor) else str(temperature)
 
 
+def _initialised() -> bool:
+    """Whether there are processes; there may be no `is_initialized` where PyTorch was built without them."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _group_of(module: str, group: Any, rank: int, world_size: int) -> Any:
     """The group that `rank` and `world_size` describe."""
     if group is None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _initialised():
             raise ValueError(f"{module}: `world_size` must be 1 without initialised processes, got {world_size}")
         group = torch.distributed.group.WORLD
     is_rank, is_size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)

@@ -1,4 +1,4 @@
-"""Products of functions on the sphere (Gaunt tensor products) in O(L³), any degree, any number of derivatives."""
+"""Products of functions on the sphere (Gaunt tensor products) in O(L³), any degree, with derivatives of high order."""
 
 from fastloss.gaunt.functional import (
     gaunt_convolution,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastloss._checks import check_flag
 from fastloss.gaunt.constants import table
-from fastloss.gaunt.functional import METHODS, gaunt_tensor_product
+from fastloss.gaunt.functional import METHODS, check_one_of, gaunt_tensor_product
 from fastloss.gaunt.tables import NORMALIZATIONS
 
 _IRREP = re.compile(r"(?:(\d+)\s*x\s*)?(\d+)\s*([eoy])")
@@ -110,12 +110,8 @@ class GauntTensorProduct(nn.Module):
         super().__init__()
         name = "GauntTensorProduct"
         check_flag(name, "internal_weights", internal_weights)
-        for argument, value, choices in (
-            ("normalization", normalization, NORMALIZATIONS),
-            ("method", method, METHODS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: `{argument}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        check_one_of(name, "normalization", normalization, NORMALIZATIONS)
+        check_one_of(name, "method", method, METHODS)
         a, b = _parse("irreps_in1", irreps_in1), _parse("irreps_in2", irreps_in2)
         if b.channels not in (a.channels, 1):
             raise ValueError(

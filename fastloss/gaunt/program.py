@@ -27,6 +27,9 @@ def degree_of(x: Tensor, channels_last: bool) -> int:
     return degree_of_size(x.shape[-2 if channels_last else -1])
 
 
+MOST_INPUTS = 64  # of a program, in every backend: csrc/cpu/gaunt_kernels.cpp has a place for each
+
+
 @dataclass(frozen=True)
 class Term:
     coefficient: int
@@ -51,6 +54,11 @@ class Program:
         # Looked up several times a call.
         object.__setattr__(self, "_hash", hash((self.out_degrees, self.outputs)))
         keep = sorted({i for terms in self.outputs for t in terms for i in t.factors}) or [0]
+        if len(keep) > MOST_INPUTS:
+            raise RuntimeError(
+                f"fastloss: a derivative of a product of functions may depend on {MOST_INPUTS} functions at most, the "
+                f"factors and one for each gradient or tangent, got {len(keep)}; multiply fewer of them at once"
+            )
         at = {i: n for n, i in enumerate(keep)}
         object.__setattr__(self, "_compact", Compact(keep, self.text(at)))
 

@@ -183,7 +183,7 @@ def max_sliced_wasserstein(
     p = check_p(name, p)
     if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 0:
         raise ValueError(f"{name}: `n_steps` must be an integer >= 0, got {n_steps!r}")
-    check_number(name, "step_size", step_size, above=0)
+    step_size = check_number(name, "step_size", step_size, above=0)
     x, y, a, b, _ = paired_clouds(name, x, y, x_weights, y_weights, batched=False)
     theta = directions(name, x, n_projections, projections, "random", generator)
     theta = F.normalize(theta.detach().to(accumulation_dtype(x.dtype)), dim=1)

@@ -259,7 +259,7 @@ def expected_sliced_plan(
                 [0.2500, 0.2500]]), tensor(4.))
     """
     name = "expected_sliced_plan"
-    check_number(name, "beta", beta)
+    beta = check_number(name, "beta", beta)
     flags = {"dense": dense, "log": log}
     problem = _Problem(name, X_s, X_t, a, b, metric, p, projections, n_projections, seed, batch_size, **flags)
     plans, costs = problem.plans()

@@ -28,7 +28,7 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import World, agree, announced
-from fastloss.spherical.distributed import range_of, split_class_weight, split_linear_moments
+from fastloss.spherical.distributed import facts_of, split_class_weight, split_linear_moments
 from fastloss.spherical.ops import class_ids, linear_moments, row_moments
 from fastloss.spherical.tiles import accumulation_dtype
 
@@ -102,7 +102,7 @@ def z_loss(
         tensor(0.1629)
     """
     name = "z_loss"
-    check_z(name, a, b, eps, _dtype(logits))
+    a, b, eps = check_z(name, a, b, eps, _dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_z(rows, a, b, eps), reduction)
 
@@ -160,7 +160,7 @@ def spherical_softmax_loss(
         tensor(0.4055)
     """
     name = "spherical_softmax_loss"
-    _check_eps(name, eps, _dtype(logits))
+    eps = _check_eps(name, eps, _dtype(logits))
     rows = _rows(name, logits, target, class_weight, sample_weight, ignore_index, reduction, gradient_overwrites_logits)
     return rows.reduce(_spherical(rows, eps), reduction)
 
@@ -358,7 +358,7 @@ def linear_z_loss(
     """
     name = "linear_z_loss"
     class_group = check_group(name, class_group)
-    announced(name, class_group, check_z, name, a, b, eps, _dtype(hidden, weight, bias))
+    a, b, eps = announced(name, class_group, check_z, name, a, b, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(
         name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group,
         {"`a`": a, "`b`": b, "`eps`": eps},
@@ -424,7 +424,7 @@ def linear_spherical_softmax_loss(
     """
     name = "linear_spherical_softmax_loss"
     class_group = check_group(name, class_group)
-    announced(name, class_group, _check_eps, name, eps, _dtype(hidden, weight, bias))
+    eps = announced(name, class_group, _check_eps, name, eps, _dtype(hidden, weight, bias))
     rows = _linear_rows(
         name, hidden, weight, target, bias, class_weight, sample_weight, ignore_index, reduction, class_group,
         {"`eps`": eps},
@@ -552,15 +552,17 @@ def linear_one_hot_mse_loss(
     return rows.reduce(_one_hot_mse(rows), reduction)
 
 
-def check_z(function: str, a: Any, b: Any, eps: Any, dtype: torch.dtype) -> None:
+def check_z(function: str, a: Any, b: Any, eps: Any, dtype: torch.dtype) -> tuple[float, float, float]:
     """The numbers of the Z-loss of statistics in `dtype`."""
-    check_number(function, "a", a, above=0, dtype=dtype)
-    check_number(function, "b", b, dtype=dtype)
-    check_number(function, "eps", eps, least=0, dtype=dtype)
+    return (
+        check_number(function, "a", a, above=0, dtype=dtype),
+        check_number(function, "b", b, dtype=dtype),
+        check_number(function, "eps", eps, least=0, dtype=dtype),
+    )
 
 
-def _check_eps(function: str, eps: Any, dtype: torch.dtype) -> None:
-    check_number(function, "eps", eps, above=0, dtype=dtype)
+def _check_eps(function: str, eps: Any, dtype: torch.dtype) -> float:
+    return check_number(function, "eps", eps, above=0, dtype=dtype)
 
 
 def _dtype(*inputs: Any) -> torch.dtype:
@@ -647,8 +649,9 @@ def _linear_rows(
             "`reduction`": reduction,
             "whether `bias` is given": bias is not None,
             "whether `class_weight` is given": class_weight is not None,
+            "whether `sample_weight` is given": sample_weight is not None,
             "`ignore_index`": ignore_index,
-            **range_of(target),
+            **facts_of(target),
             **(options or {}),
         }
         differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
@@ -693,15 +696,22 @@ def _check_labels(
         raise ValueError(f"{function}: C, the number of classes, must be at least 1, got 0")
     check_int(function, "ignore_index", ignore_index)
     target = check_ids(function, "target", target, (x.shape[0],), name, x)
+    check_weights(function, class_weight, sample_weight, classes, name, x)
+    return class_ids(target, ignore_index)
+
+
+def check_weights(
+    function: str, class_weight: Tensor | None, sample_weight: Tensor | None, classes: int, name: str, x: Tensor
+) -> None:
+    """`x` has a row for each example, and is called `name`."""
     for label, w, size, shape, why in (
         ("class_weight", class_weight, classes, "(C,)", "one a class"),
-        ("sample_weight", sample_weight, x.shape[0], "(B,)", "one an example"),
+        ("sample_weight", sample_weight, len(x), "(B,)", "one an example"),
     ):
         if w is not None:
             check_floating(function, label, w, shape, 1)
             check_size(function, label, w, 0, size, why)
             check_device(function, label, w, name, x)
-    return class_ids(target, ignore_index)
 
 
 def _weighted(

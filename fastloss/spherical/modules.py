@@ -25,8 +25,8 @@ from fastloss._checks import (
 from fastloss._distributed import World, agree, all_sum, announced, exchange
 from fastloss._ops import full_precision
 from fastloss.spherical import dense, factored
-from fastloss.spherical.distributed import range_of
-from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_z
+from fastloss.spherical.distributed import facts_of
+from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_weights, check_z
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 LossOfSums = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -152,9 +152,10 @@ class FactoredOutput(nn.Module):
     Split classes:
         With `class_group` each rank holds V for classes of its own, in the order of the ranks, and the (D, D) matrices
         that all ranks share and keep the same by the same steps: on processors that round alike. Hidden states, targets
-        and weights are the same on all ranks, targets and `class_weight` of all classes. A forward pass sums the rows
-        of the targets over the ranks, (B, K, D) numbers; a step sends a few numbers, since ranks compare its options.
-        Loss, gradient to hidden and step are those of one process. ``group=`` of a step is another group, of data.
+        (which are compared) and weights are the same on all ranks, targets and `class_weight` of all classes. A forward
+        pass sums the rows of the targets over the ranks, (B, K, D) numbers; a step sends a few numbers, since ranks
+        compare its options. Loss, gradient to hidden and step are those of one process. ``group=`` of a step is another
+        group, of data.
 
     Autocast and compilation:
         In an autocast region the layer computes in its own dtype, and `hidden` has to come in it. ``torch.compile``
@@ -221,11 +222,11 @@ class FactoredOutput(nn.Module):
             raise TypeError(f"{name}: `dtype` must be float32 or float64, got {dtype}")
         for label, flag in (("bias", bias), ("accumulate", accumulate)):
             check_flag(name, label, flag)
-        check_number(name, "max_scale", max_scale, above=1)
+        max_scale = check_number(name, "max_scale", max_scale, above=1)
         check_int(name, "refresh_every", refresh_every, least=0)
         check_int(name, "ignore_index", ignore_index)
         eps = EPS.get(loss, 0.0) if eps is None and isinstance(loss, str) else 0.0 if eps is None else eps
-        check_z(name, a, b, eps, dtype)
+        a, b, eps = check_z(name, a, b, eps, dtype)
         if loss == "spherical":
             check_number(name, "eps", eps, above=0, dtype=dtype)
         self.in_features, self.num_classes, self.has_bias = in_features, num_classes, bias
@@ -411,13 +412,15 @@ class FactoredOutput(nn.Module):
         )
         count, weighted = target.shape[1], target_weight is not None
         if self._split is not None:
-            facts = {"the shape of `target`": str(tuple(target.shape)), "grad mode": training, **range_of(target)}
+            seen = target if ignored is None else target.masked_fill(ignored.reshape(target.shape), -1)
+            given = {"target_weight": target_weight, "class_weight": class_weight, "sample_weight": sample_weight}
+            facts = {
+                "the shape of `target`": str(tuple(target.shape)),
+                "grad mode": training,
+                "which weights are given": {label: w is not None for label, w in given.items()},
+                **facts_of(seen),
+            }
             agree(name, group, self.v, None, {}, "auto", facts)
-        if training and self._open and not self.accumulate:
-            raise RuntimeError(
-                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
-                "accumulate=True adds their gradients, torch.no_grad() keeps none"
-            )
         if ignored is not None:
             ignored = ignored.reshape(len(hidden), count)
             rows = ignored.all(1)
@@ -465,6 +468,11 @@ class FactoredOutput(nn.Module):
             check_device(name, "target_weight", target_weight, "the layer", self.v)
             target_weight = target_weight.to(self.v.dtype)
         row_weight = self._row_weight(name, target, count, class_weight, sample_weight)
+        if torch.is_grad_enabled() and self._open and not self.accumulate:
+            raise RuntimeError(
+                f"{name}: second forward before a step; step() or zero_grad() comes between two, "
+                "accumulate=True adds their gradients, torch.no_grad() keeps none"
+            )
         return inputs, target, ignored, target_weight, row_weight
 
     def _targets(self, name: str, target: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
@@ -483,14 +491,7 @@ class FactoredOutput(nn.Module):
     ) -> Tensor | None:
         if class_weight is not None and count != 1:
             raise ValueError(f"{name}: `class_weight` must be None with several targets an example (use target_weight)")
-        for label, w, size, shape, why in (
-            ("class_weight", class_weight, self.num_classes, "(C,)", "one a class"),
-            ("sample_weight", sample_weight, len(target), "(B,)", "one an example"),
-        ):
-            if w is not None:
-                check_floating(name, label, w, shape, 1)
-                check_size(name, label, w, 0, size, why)
-                check_device(name, label, w, "the layer", self.v)
+        check_weights(name, class_weight, sample_weight, self.num_classes, "the layer", target)
         weight = None if sample_weight is None else sample_weight.to(self.v.dtype)
         if class_weight is not None:
             of_class = class_weight[target[:, 0]].to(self.v.dtype)
@@ -548,19 +549,16 @@ class FactoredOutput(nn.Module):
     def _plan(self, lr: float, weight_decay: float, group: Any) -> dense.Plan | factored.Plan | None:
         """The step with the gradients of all ranks, None where nobody has one. Nothing is written."""
         name = "FactoredOutput.step"
-        # Whoever waits for this rank hears of it: the ranks with the other classes, and those with other data.
         split = None if self._split is None else self._split.group
-        announced(name, group, announced, name, split, self._check_step, name, lr, weight_decay)
-        grads = _joined(self._pending) if self._pending else None
-        if group is not None:
-            grads = _gathered(grads, self.v, (lr, weight_decay), group)
+        # Whoever waits for this rank hears of an error: the ranks with other data, then those with the other classes.
+        grads = announced(name, split, self._of_all_data, name, lr, weight_decay, group)
+        lr, weight_decay = float(lr), float(weight_decay)
         if split is not None:
-            facts = {"`lr`": lr, "`weight_decay`": weight_decay, "whether there is a gradient": grads is not None}
+            count = 0 if grads is None else len(grads.hidden)
+            facts = {"`lr`": lr, "`weight_decay`": weight_decay, "the number of examples with a gradient": count}
             agree(name, split, self.v, None, {}, "auto", facts)
         if grads is None:
             return None
-        if grads.hidden.dtype != self.v.dtype or grads.hidden.device != self.v.device:
-            raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
         try:
             with full_precision(self.v):
                 plan: dense.Plan | factored.Plan = self._form.plan(
@@ -573,10 +571,19 @@ class FactoredOutput(nn.Module):
                 raise RuntimeError(f"{name}: the step is not finite; zero_grad() discards it") from None
             raise RuntimeError(f"{name}: the gradient is not finite; zero_grad() discards it") from None
 
-    def _check_step(self, name: str, lr: float, weight_decay: float) -> None:
+    def _of_all_data(self, name: str, lr: float, weight_decay: float, group: Any) -> factored.Gradients | None:
+        """The gradients of this rank or, of a group, all its ranks."""
+        grads = announced(name, group, self._of_this_rank, name, lr, weight_decay)
+        return grads if group is None else _gathered(grads, self.v, (lr, weight_decay), group)
+
+    def _of_this_rank(self, name: str, lr: float, weight_decay: float) -> factored.Gradients | None:
         check_number(name, "lr", lr, least=0)
         check_number(name, "weight_decay", weight_decay, least=0)
         self._check_dtype(name)
+        for part in self._pending:
+            if part.hidden.dtype != self.v.dtype or part.hidden.device != self.v.device:
+                raise RuntimeError(f"{name}: the layer's dtype or device has changed since the backward pass")
+        return _joined(self._pending) if self._pending else None
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float = 0.0, *, group: Any = None) -> None:
@@ -662,6 +669,11 @@ class FactoredOutput(nn.Module):
             setattr(self, name, int(value))
         self.zero_grad()
         self._revision += 1
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        for name in self._numbers():  # with assign=True they are whatever the dict has; the kernels know no strides
+            setattr(self, name, self.get_buffer(name).contiguous())
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without gradients
@@ -775,7 +787,8 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Args:
         layers: a FactoredOutput, or an iterable of them or of dicts with the key "layer" and options of their own.
-            Each layer is a parameter group; learning-rate schedulers work as with any optimizer.
+            Each layer is a parameter group, `add_param_group` adds one; learning-rate schedulers work as with any
+            optimizer.
         lr: float >= 0.
         weight_decay: float >= 0.
         group: a ``torch.distributed`` process group or a mesh of one dimension, see :class:`fastloss.FactoredOutput`.
@@ -783,7 +796,13 @@ class FactoredSGD(torch.optim.Optimizer):
     Raises:
         TypeError: a layer of another class.
         ValueError: no layers, one layer twice, a number out of its range.
-        RuntimeError: a gradient or a step that is not finite; no layer has changed then.
+        RuntimeError: a gradient or a step that is not finite; no layer has changed then. A step by a
+            ``torch.amp.GradScaler``.
+
+    Gradient scaling:
+        A scaler finds no gradients to unscale here, and the layer, which is not in 16 bits, needs none of its scale:
+        scale what leaves the layer, ``hidden.register_hook(scaler.scale)``, instead of the loss. Then ``step()`` of
+        this optimizer and ``scaler.step`` of that of the 16-bit layers have the gradients they should have.
 
     Example:
         >>> layer = fastloss.FactoredOutput(4, 10)
@@ -804,35 +823,48 @@ class FactoredSGD(torch.optim.Optimizer):
         *,
         group: Any = None,
     ) -> None:
-        name = "FactoredSGD"
-        self._group = check_group(name, group)
-        defaults = {"lr": lr, "weight_decay": weight_decay}
+        self._group = check_group("FactoredSGD", group)
         self._layers: list[FactoredOutput] = []
-        groups: list[dict[str, Any]] = []
         if not isinstance(layers, (nn.Module, Iterable)):
-            raise TypeError(f"{name}: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
-        for item in [layers] if isinstance(layers, nn.Module) else layers:
-            options = dict(item) if isinstance(item, dict) else {"layer": item}
-            layer = options.pop("layer", None)
-            if not isinstance(layer, FactoredOutput):
-                raise TypeError(f"{name}: `layers` must hold FactoredOutput, got {type(layer).__name__}")
-            for label, value in {**defaults, **options}.items():
-                if label not in defaults:
-                    raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
-                check_number(name, label, value, least=0)
-            if any(layer is other for other in self._layers):
-                raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
-            self._layers.append(layer)
-            # No parameter is trained here; a small tensor of the layer stands for it in the group.
-            groups.append({"params": [layer.mean], **options})
-        if not groups:
+            raise TypeError(f"FactoredSGD: `layers` must be a FactoredOutput or several, got {type(layers).__name__}")
+        items = [layers] if isinstance(layers, nn.Module) else list(layers)
+        if not items:
             raise ValueError(
-                f"{name}: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), got none"
+                "FactoredSGD: `layers` must hold at least one FactoredOutput (the layer, which has no parameters), "
+                "got none"
             )
-        super().__init__(groups, defaults)
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__([item if isinstance(item, dict) else {"layer": item} for item in items], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more layer: {"layer": layer}, with options of its own."""
+        name = "FactoredSGD"
+        if not isinstance(param_group, dict) or "layer" not in param_group:
+            got = f"the keys {', '.join(param_group)}" if isinstance(param_group, dict) else type(param_group).__name__
+            raise TypeError(f"{name}: a parameter group must be a dict with the key 'layer', got {got}")
+        options = dict(param_group)
+        layer = options.pop("layer")
+        if not isinstance(layer, FactoredOutput):
+            raise TypeError(f"{name}: `layers` must hold FactoredOutput, got {type(layer).__name__}")
+        for label, value in {**self.defaults, **options}.items():
+            if label not in self.defaults:
+                raise ValueError(f"{name}: options of a layer must be lr or weight_decay, got {label!r}")
+            options[label] = check_number(name, label, value, least=0)
+        if any(layer is other for other in self._layers):
+            raise ValueError(f"{name}: `layers` must hold each layer once, got one twice")
+        # No parameter is trained here; a small tensor of the layer stands for it in the group.
+        super().add_param_group({"params": [layer.mean], **options})
+        self._layers.append(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_layers": self._layers, "_group": self._group}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # a GradScaler asks before a step
+        raise RuntimeError(
+            "FactoredSGD: a GradScaler cannot unscale the gradients of a FactoredOutput; scale those that leave the "
+            "layer, hidden.register_hook(scaler.scale), instead of the loss, and call step() of this optimizer"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -43,6 +43,18 @@ def test_gradcheck(method: str) -> None:
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("factors", "orders", "needed"), [(2, 7, 89), (16, 3, 83)])
+def test_derivatives_depend_on_64_functions_at_most(factors: int, orders: int, needed: int) -> None:
+    xs = [functions(2, l=1, seed=i).requires_grad_() for i in range(factors)]
+    value = fastloss.gaunt_product(xs, 0).pow(3).sum()
+    for _ in range(orders):
+        gradients = torch.autograd.grad(value, xs, create_graph=True)
+        value = torch.stack([g.pow(2).sum() for g in gradients]).sum()
+    with pytest.raises(RuntimeError, match=f"may depend on 64 functions at most, .*, got {needed}; multiply fewer"):
+        torch.autograd.grad(value, xs, create_graph=True)
+
+
+@pytest.mark.usefixtures("backend")
 def test_gradcheck_of_the_others() -> None:
     x, y = (t.requires_grad_() for t in pair(2))
     vectors = torch.randn(2, 3, dtype=F64, requires_grad=True)

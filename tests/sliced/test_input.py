@@ -425,6 +425,12 @@ def test_numbers_of_numpy() -> None:
     options = {"n_projections": np.int64(9), "p": np.float32(3), "seed": np.int64(4)}
     got = fastloss.sliced_wasserstein_sphere(unit, unit[:9], **options)
     assert torch.equal(got, want)
+    theta = torch.eye(x.shape[1])
+    step, beta = np.float32(0.5), np.int64(2)
+    got = fastloss.max_sliced_wasserstein(x, y, projections=theta, step_size=step)
+    assert torch.equal(got, fastloss.max_sliced_wasserstein(x, y, projections=theta, step_size=0.5))
+    got = fastloss.expected_sliced_plan(x, y, projections=theta, beta=beta)[1]
+    assert torch.equal(got, fastloss.expected_sliced_plan(x, y, projections=theta, beta=2)[1])
 
 
 def test_tensors_without_values_pass() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,28 @@ def test_numbers_in_the_range_of_float64() -> None:
     for a in (1e-300, 1e300):
         assert fastloss.z_loss(logits, target, a).isfinite()
         assert fastloss.linear_z_loss(hidden, weight, target, a=a).isfinite()
+
+
+def test_numbers_of_numpy() -> None:
+    number = np.float32(0.5)
+    for arguments, name in ((LOGITS, "z_loss"), (HIDDEN, "linear_z_loss")):
+        got = getattr(fastloss, name)(**arguments, a=np.int64(2), b=number, eps=np.float16(0.5))
+        assert torch.equal(got, getattr(fastloss, name)(**arguments, a=2, b=0.5, eps=0.5))
+        with pytest.raises(TypeError, match="`b` must be a float, got bool"):
+            getattr(fastloss, name)(**arguments, b=np.bool_(True))
+    weights = []
+    for value in (number, 0.5):
+        torch.manual_seed(0)
+        layer = fastloss.FactoredOutput(5, 9, a=value, b=value, eps=value, max_scale=2 / value)
+        optimizer = fastloss.FactoredSGD(layer, lr=value, weight_decay=value)
+        for by_layer in (False, True):
+            layer(torch.eye(4, 5), torch.arange(4)).backward()
+            if by_layer:
+                layer.step(value, value)
+            else:
+                optimizer.step()
+        weights.append(layer.weight())
+    assert torch.equal(*weights)
 
 
 def test_overwriting_is_refused_under_function_transforms() -> None:

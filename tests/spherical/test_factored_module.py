@@ -268,6 +268,62 @@ def test_two_layers_with_their_own_rates() -> None:
     assert first.steps == 4
 
 
+def test_layer_is_added_to_an_optimizer() -> None:
+    first, second = trained(), trained()
+    optimizer = FactoredSGD(first, lr=0.1)
+    with pytest.raises(TypeError, match="a parameter group must be a dict with the key 'layer', got the keys params"):
+        optimizer.add_param_group({"params": [torch.zeros(3)]})
+    with pytest.raises(ValueError, match="each layer once"):
+        optimizer.add_param_group({"layer": first})
+    with pytest.raises(ValueError, match="`lr` must be finite and at least 0, got -1"):
+        optimizer.add_param_group({"layer": second, "lr": -1})
+    optimizer.add_param_group({"layer": second, "lr": 0.2})
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for layer in (first, second):
+        layer(x, y).backward()
+    expected = copy.deepcopy(second)
+    expected(x, y).backward()
+    expected.step(0.2)
+    optimizer.step()
+    assert torch.equal(second.weight(), expected.weight())
+    assert (first.steps, second.steps) == (4, 4)
+
+
+def test_gradient_scaler_scales_what_leaves_the_layer() -> None:
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    scaled, plain = trained(), trained()
+    below = [torch.nn.Linear(4, 4) for _ in range(2)]
+    below[1].load_state_dict(below[0].state_dict())
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in below]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    hidden = below[0](x)
+    hidden.register_hook(scaler.scale)
+    scaled(hidden, y).backward()
+    factored = FactoredSGD(scaled, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"FactoredSGD: a GradScaler cannot unscale .*hidden\.register_hook"):
+        scaler.step(factored)
+    factored.step()
+    scaler.step(optimizers[0])
+    scaler.update()
+    plain(below[1](x), y).backward()
+    FactoredSGD(plain, lr=0.1).step()
+    optimizers[1].step()
+    assert torch.equal(scaled.weight(), plain.weight())
+    assert torch.equal(below[0].weight, below[1].weight)  # the scale is a power of two
+    torch.amp.GradScaler("cpu", enabled=False).step(factored)
+
+
+def test_state_of_any_strides_is_loaded() -> None:
+    layer, other = FactoredOutput(4, 20), FactoredOutput(4, 20)
+    strided = {name: torch.stack((x, x), -1)[..., 0] for name, x in layer.state_dict().items()}
+    other.load_state_dict(strided, assign=True)
+    x, y = torch.randn(5, 4), torch.randint(20, (5,))
+    for each in (layer, other):
+        each(x, y).backward()
+        each.step(0.1)
+    assert torch.equal(other.weight(), layer.weight())
+
+
 def test_errors_leave_the_state() -> None:
     layer = FactoredOutput(4, 9)
     before = copy.deepcopy(layer.state_dict())

@@ -160,7 +160,12 @@ _TABLE = {
     **dict.fromkeys(("sm_90", "sm_100", "gfx942"), Config((64, 16), 4, 2)),
     _triton.INTERPRETER: Config((16, 16)),
 }
-_CANDIDATES = (Config((64, 32), 8, 1), Config((128, 16), 8, 2), Config((128, 16), 8, 1), Config((64, 16), 4, 3))
+_ANYWHERE = (Config((32, 16), 4, 1), Config((32, 16), 4, 2), Config((64, 16), 8, 2))
+_CANDIDATES = {
+    **dict.fromkeys(("sm_86", "sm_100"), _ANYWHERE),
+    **dict.fromkeys(("sm_80", "sm_90", "gfx942"), (*_ANYWHERE, Config((128, 16), 8, 2))),
+    _triton.INTERPRETER: (Config((32, 32)),),
+}
 
 
 def _spread(config: Config, inputs: int) -> Config:
@@ -245,9 +250,9 @@ def _run(
             )  # fmt: skip
 
     key = f"gaunt {degrees} {program.text()} {side} {_triton.size_class(lanes)}"
-    candidates = _CANDIDATES if x[0].is_cuda else (Config((32, 32)),)
+    default = _spread(_triton.pick(_TABLE, device), len(x))
     with _triton.on(x[0]):
-        launch(_triton.best(key, device, _spread(_triton.pick(_TABLE, device), len(x)), candidates, launch))
+        launch(_triton.best(key, device, default, _triton.pick(_CANDIDATES, device), launch))
 
 
 # ---------------------------------------------------------------- specimens for the gates
@@ -266,7 +271,7 @@ def specimens(target: str, candidates: bool) -> list[Specimen]:
         "product L = 4 second gradient": ((4, 4, 8, 4, 4), second, False),
         "4 bodies L = 3 gradient": ((3, 3, 3, 3, 12), bodies.gradient((True,) * 4, (16,) * 4, (True,)), False),
     }
-    extra = {f" candidate {i}": config for i, config in enumerate(_CANDIDATES)} if candidates else {}
+    extra = {f" candidate {i}": config for i, config in enumerate(_CANDIDATES[target] if candidates else ())}
     return [
         _specimen(f"{name}, launch {part}{note}", degrees, program, constants, side, config, target)
         for name, (degrees, program, side) in cases.items()

@@ -56,12 +56,17 @@ def few(classes: int, width: int) -> bool:
     return classes <= max(FEW, 2 * width)
 
 
+def _kept(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies for the step, which may come after the caller has written other numbers into them."""
+    return hidden.detach().clone(memory_format=torch.contiguous_format), target.clone()
+
+
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.hidden, ctx.target = _kept(hidden, target)
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
         return t, v, mean
 
     @staticmethod
@@ -75,9 +80,9 @@ class _BuiltIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
-        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
+        ctx.hidden, ctx.target = _kept(hidden, target)
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
         assert isinstance(layer.loss, str)
         options = (layer.num_classes, layer.a, layer.b, layer.eps)
         loss, *ctx.g = factored.losses(t, v, mean, share, layer.loss, *options)

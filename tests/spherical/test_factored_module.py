@@ -702,3 +702,22 @@ def test_closed_forms_are_the_derivatives(loss: str, monkeypatch: pytest.MonkeyP
     for name in ("g_t", "g_v", "g_mean"):
         one, other = (getattr(part, name) for part in layer._pending)
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("classes", [10, 500])
+@pytest.mark.parametrize("loss", ["mse", lambda t, q, s: (t - 1) ** 2])
+def test_step_is_that_of_the_forward_pass(loss: Any, classes: int, bias: bool) -> None:
+    """Whatever is written into its arguments after the backward pass: a batch buffer is used again."""
+    torch.manual_seed(0)
+    layer = fastloss.FactoredOutput(8, classes, bias=bias, loss=loss, dtype=torch.float64)
+    other = copy.deepcopy(layer)
+    hidden, target = torch.randn(4, 8, dtype=torch.float64, requires_grad=True), torch.arange(4)
+    for one in (layer, other):
+        one(hidden, target).backward()
+    layer.step(0.1)
+    with torch.no_grad():
+        hidden.mul_(3)
+    target.fill_(10**11)
+    other.step(0.1)
+    assert torch.equal(layer.weight(), other.weight())

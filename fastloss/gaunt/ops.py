@@ -139,7 +139,7 @@ def _gradients(
     where = -2 if how.channels_last else -1
     given = [g for g in grads if g is not None]
     present = tuple([g is not None for g in grads])
-    gradient = program.gradient(needs, tuple([x.shape[where] for x in inputs]), present)
+    gradient = program.gradient(needs, tuple([int(x.shape[where]) for x in inputs]), present)
     values = iter(_call(gradient, how, [*inputs, *given]))
     return [next(values) if need else None for need in needs]
 

@@ -477,3 +477,13 @@ class TestShortWay:
         x, y = (t.requires_grad_() for t in pair(3))
         for method in ("auto", "ring"):
             fastloss.gaunt_tensor_product(x, y, method=method).sum().backward()
+
+
+def test_gradients_in_a_compiled_function_of_sizes_that_change() -> None:
+    def forces(x: Tensor, y: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: fastloss.gaunt_tensor_product(q, y).sin().sum())(x)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(forces, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, size in ((17, 4), (5, 9)):
+        x, y = torch.randn(2, rows, size, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x, y), forces(x, y))

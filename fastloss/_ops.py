@@ -171,6 +171,11 @@ def runner(function: type[torch.autograd.Function], grad: bool) -> Callable[...,
     return function.apply if grad or not torch.compiler.is_compiling() else function.forward
 
 
+def traced(*tensors: Tensor | None) -> list[Any]:
+    """Views, in a compiled function: of an argument of torch.func.grad Dynamo does not see that it needs a gradient."""
+    return [x.view_as(x) if x is not None and torch.compiler.is_compiling() else x for x in tensors]
+
+
 def distinct(x: Tensor | None, other: Tensor | None) -> Any:
     """A view of x if it is `other`: Dynamo does not trace a Function that gets one tensor twice."""
     return x.view_as(x) if x is not None and x is other else x

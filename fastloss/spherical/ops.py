@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._ops import LIBRARY, Op, batch, define, needs_grad, once, runner, save_unseen
+from fastloss._ops import LIBRARY, Op, batch, define, needs_grad, once, runner, save_unseen, traced
 from fastloss.spherical.tiles import accumulation_dtype
 
 _SCHEMAS = {
@@ -209,6 +209,7 @@ def row_moments(
     if overwrite and not torch.compiler.is_compiling():
         mean, square, centred, logit, _ = _RowMomentsOverwriting.apply(logits, target, function)
     else:
+        (logits,) = traced(logits)
         mean, square, centred, logit, _ = runner(_RowMoments, any(needs_grad(logits)))(logits, target, function)
     return mean, square, centred, logit
 
@@ -221,6 +222,7 @@ def linear_moments(
     function: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `row_moments`, of hidden weight^T + bias."""
+    hidden, weight, bias = traced(hidden, weight, bias)
     needs = needs_grad(hidden, weight, bias)
     mean, square, centred, logit, _, _ = runner(_LinearMoments, any(needs))(
         hidden, weight, bias, target, needs[0], function

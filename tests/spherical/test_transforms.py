@@ -192,3 +192,22 @@ def test_the_schema_of_the_overwriting_op_is_honest() -> None:
     stats = torch.ops.fastloss.row_moments_fwd(logits, target, "test")[4]
     grads = [torch.randn(3) for _ in range(4)]
     torch.library.opcheck(torch.ops.fastloss.row_moments_bwd_.default, (*grads, logits, target, stats))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("loss", ["z_loss", "spherical_softmax_loss", "taylor_softmax_loss", "one_hot_mse_loss"])
+def test_gradient_of_an_argument_in_a_compiled_function(loss: str, linear: bool) -> None:
+    """The argument of torch.func.grad goes straight into the loss."""
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(4, 6), torch.randn(9, 6), torch.arange(4)
+    function = getattr(fastloss, f"linear_{loss}" if linear else loss)
+    arguments = (0, 1) if linear else (0,)
+
+    def gradients(x: Tensor, weight: Tensor) -> Any:
+        of_both = (lambda x, w: function(x, w, target)) if linear else (lambda x, w: function(x, target))
+        return torch.func.grad(of_both, argnums=arguments)(x, weight)
+
+    found = torch.compile(gradients, fullgraph=True, backend="aot_eager")(x, weight)
+    wanted = gradients(x, weight)
+    assert all(g.abs().max() > 0 for g in wanted)
+    torch.testing.assert_close(found, wanted)

@@ -23,7 +23,7 @@ from fastloss._checks import (
     check_size,
 )
 from fastloss._distributed import World, agree, all_sum, announced, exchange
-from fastloss._ops import full_precision
+from fastloss._ops import full_precision, once
 from fastloss.spherical import dense, factored
 from fastloss.spherical.distributed import facts_of
 from fastloss.spherical.functional import _one_hot_mse, _Rows, _spherical, _taylor, _z, check_weights, check_z
@@ -61,18 +61,26 @@ def _kept(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.detach().clone(memory_format=torch.contiguous_format), target.clone()
 
 
+def _first_derivative(ctx: Any, *grads: Tensor) -> Tensor:
+    """The gradient to the hidden states; to differentiate it is an error."""
+    if not torch.is_grad_enabled():
+        return cast(Tensor, ctx.layer._backward(ctx, *grads))
+    result: Tensor = once("spherical", lambda _, *g: ctx.layer._backward(ctx, *g), *ctx.saved_tensors, *grads)
+    return result
+
+
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(hidden)  # which a second derivative would be of
         ctx.hidden, ctx.target = _kept(hidden, target)
         ctx.layer, ctx.revision = layer, layer._revision
         t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
         return t, v, mean
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_t: Tensor, g_v: Tensor, g_mean: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.layer._backward(ctx, g_t, g_v, g_mean), None, None
+        return _first_derivative(ctx, g_t, g_v, g_mean), None, None
 
 
 class _BuiltIn(torch.autograd.Function):
@@ -80,6 +88,7 @@ class _BuiltIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
+        ctx.save_for_backward(hidden)  # which a second derivative would be of
         ctx.hidden, ctx.target = _kept(hidden, target)
         ctx.layer, ctx.revision = layer, layer._revision
         t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
@@ -89,9 +98,8 @@ class _BuiltIn(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.layer._backward(ctx, *(g * upstream for g in ctx.g)), None, None, None
+        return _first_derivative(ctx, *(g * upstream for g in ctx.g)), None, None, None
 
 
 class FactoredOutput(nn.Module):

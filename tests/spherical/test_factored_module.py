@@ -721,3 +721,15 @@ def test_step_is_that_of_the_forward_pass(loss: Any, classes: int, bias: bool) -
     target.fill_(10**11)
     other.step(0.1)
     assert torch.equal(layer.weight(), other.weight())
+
+
+@pytest.mark.parametrize("classes", [10, 500])
+@pytest.mark.parametrize("loss", ["z", share_of_squares])
+def test_no_second_derivative(loss: Any, classes: int) -> None:
+    """A penalty on the gradient would be lost silently."""
+    layer = fastloss.FactoredOutput(8, classes, loss=loss, dtype=torch.float64)
+    hidden = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    value = layer(hidden, torch.arange(4))
+    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative .* fastloss\.reference\.spherical"):
+        gradient.square().sum().backward()

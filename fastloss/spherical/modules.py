@@ -452,9 +452,13 @@ class FactoredOutput(nn.Module):
                 loss = loss if len(hidden) and row_weight is None else _nan_if_none(loss, row_weight)
             else:
                 t, v, mean = _Statistics.apply(inputs, target, self)  # type: ignore[no-untyped-call]
-                losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
-                if ignored is not None:
-                    losses = losses.masked_fill(rows, 0)
+                if ignored is None:
+                    losses = self._loss(t, v[:, None], mean[:, None], target, target_weight)
+                else:  # at the zeros of ignored rows it may have no derivative
+                    left = ~rows
+                    of_targets = None if target_weight is None else target_weight[left]
+                    some = self._loss(t[left], v[left, None], mean[left, None], target[left], of_targets)
+                    losses = some.new_zeros(len(rows)).masked_scatter(left, some)
                 loss = losses.mean() if row_weight is None else (losses * row_weight).sum() / row_weight.sum()
         self._open += training
         return loss

@@ -733,3 +733,19 @@ def test_no_second_derivative(loss: Any, classes: int) -> None:
     (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative .* fastloss\.reference\.spherical"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("classes", [10, 500])
+def test_ignored_rows_do_not_reach_a_callable_loss(classes: int) -> None:
+    """They have no logits, where a cosine has no derivative."""
+    torch.manual_seed(0)
+    layer = fastloss.FactoredOutput(8, classes, loss=lambda t, q, s: -t / q.sqrt(), dtype=torch.float64)
+    other = copy.deepcopy(layer)
+    hidden, target = torch.randn(4, 8, dtype=torch.float64), torch.tensor([3, -100, 4, 5])
+    kept = [0, 2, 3]
+    losses = [layer(hidden, target), other(hidden[kept], target[kept])]
+    for one, loss in zip((layer, other), losses, strict=True):
+        loss.backward()
+        one.step(0.1)
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(layer.weight(), other.weight())

@@ -617,8 +617,10 @@ def _check_overwritten(name: str, logits: Tensor) -> None:
     option = "with `gradient_overwrites_logits`"
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(f"{name}: `gradient_overwrites_logits` must be False under torch.func, got True")
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError(f"{name}: `logits` must not be a leaf that requires grad {option}, got a leaf")
+    base = logits if logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        got = "a leaf" if base is logits else "a view of a leaf"
+        raise ValueError(f"{name}: `logits` must not be a leaf that requires grad {option}, got {got}")
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
         raise ValueError(f"{name}: `logits` must have memory of their own {option}, got an expanded tensor")
 

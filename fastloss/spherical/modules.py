@@ -362,7 +362,9 @@ class FactoredOutput(nn.Module):
             if self._split is None:
                 return self._logits(hidden, slice(None))
             classes = torch.arange(self.num_classes, device=self.v.device)
-        shape = tuple(classes.shape)[:1] if isinstance(classes, Tensor) else ()
+        if not isinstance(classes, Tensor):
+            raise TypeError(f"{name}: `classes` must be an integer tensor of shape (N,), got {type(classes).__name__}")
+        shape = tuple(classes.shape)[:1]
         classes = self._ids(name, "classes", classes, shape)
         if self._split is None:
             return self._logits(hidden, classes)

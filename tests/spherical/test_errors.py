@@ -184,3 +184,16 @@ def test_a_bad_target_is_found_in_compiled_code_too() -> None:
     compiled = torch.compile(fastloss.z_loss, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="z_loss: `target` must hold classes 0 to 4"):
         compiled(LOGITS["logits"], torch.tensor([0, 9, 0, 0]))
+
+
+def test_a_view_of_a_leaf_is_not_overwritten() -> None:
+    leaf = torch.randn(4, 5, requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="got a view of a leaf"):
+        fastloss.z_loss(leaf.view(4, 5), torch.arange(4), gradient_overwrites_logits=True).backward()
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_classes_that_are_no_tensor() -> None:
+    with pytest.raises(TypeError, match=r"`classes` must be an integer tensor of shape \(N,\), got list"):
+        fastloss.FactoredOutput(8, 500).logits(torch.randn(2, 8), [1])  # type: ignore[arg-type]

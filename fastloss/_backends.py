@@ -35,7 +35,10 @@ try:
 except ModuleNotFoundError as error:
     if os.environ.get("FASTLOSS_CPU_ISA"):
         raise RuntimeError("FASTLOSS_CPU_ISA is set, but fastloss was installed without its native core") from error
-    _native_status = "not available: the package was installed without a C++ compiler, so fastloss._C was not built"
+    _native_status = (
+        "not available: fastloss._C was not built: there was no C++ compiler, or no pybind11 in an install without "
+        "build isolation, or this is a source tree that is not installed"
+    )
 except ImportError as error:
     # FASTLOSS_CPU_ISA that cannot be honoured lands here as well, and must not degrade silently.
     if os.environ.get("FASTLOSS_CPU_ISA"):

@@ -100,7 +100,7 @@ def test_without_compilers_it_installs_and_says_so(environment: dict[str, str], 
     run = install(target, **NO_COMPILER, **environment)
     assert run.returncode == 0, run.stderr
     native, cuda = probe(target, tmp_path)
-    assert native.startswith("not available: the package was installed without a C++ compiler")
+    assert native.startswith("not available: fastloss._C was not built: there was no C++ compiler")
     assert cuda.startswith(NOT_BUILT)
 
 

@@ -674,7 +674,7 @@ class FactoredOutput(nn.Module):
         self.refreshes += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discards the gradients since the last step."""
+        """Discards the gradients since the last step; to be called here, a parent's does not reach the layer."""
         super().zero_grad(set_to_none)
         self._pending, self._open = [], 0
 

@@ -207,7 +207,7 @@ def factored_step(rows: int, width: int) -> tuple[Stage, ...]:
     wide, square, small = float(rows) * width, float(width) ** 2, float(rows) ** 2
     by_rows = 2 * rows * square  # flops of a product with a matrix of d^2
     return (
-        Stage("forward", 2 * by_rows, 4 * (9 * wide + 2 * square), (40, 8), (1, 1)),
+        Stage("forward", 2 * by_rows, 4 * (11 * wide + 2 * square), (42, 10), (1, 1)),
         Stage("backward", 0.0, 4 * 4 * wide, (8, 5), (0, 0)),
         Stage(
             "step", 6 * by_rows + 4 * 2 * small * width + 2 * small * rows,

@@ -110,24 +110,38 @@ FASTLOSS_INLINE void read_fours(const T* x, Vec<T>* out) {
           pick<T>(half[0][j], half[1][j], [k](int c) { return c % kHalf + k * kHalf + c / kHalf * kN; });
 }
 
+// Of each pair of the N vectors whose numbers differ in bit kBit alone, number(c, 0) and number(c, 1) make new ones.
+template <class T, int N, int kBit, class F>
+FASTLOSS_INLINE void each_pair(Vec<T>* v, const F& number) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    if (!(i & kBit)) {
+      const Vec<T> low = pick<T>(v[i], v[i + kBit], [=](int c) { return number(c, 0); });
+      v[i + kBit] = pick<T>(v[i], v[i + kBit], [=](int c) { return number(c, 1); });
+      v[i] = low;
+    }
+}
+
 // Vectors of one coefficient each, of all lanes, become vectors of N coefficients side by side, of kCount / N lanes
 // each. Step S brings bit S of the coefficient's number into the place; the highest bit of the lane's gives way, and
 // becomes bit S of the vector's number: in the end the lanes of a vector are its number with its bits reversed.
 template <class T, int N, int S = 0>
 FASTLOSS_INLINE void interleave(Vec<T>* v) {
   constexpr int kN = Lanes<T>::kCount, kBit = 1 << S;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
-    if (!(i & kBit)) {
-      auto half = [&](int upper) {
-        return pick<T>(v[i], v[i + kBit],
-                       [=](int c) { return (c & kBit ? kN : 0) + upper * kN / 2 + c / (2 * kBit) * kBit + c % kBit; });
-      };
-      const Vec<T> low = half(0);
-      v[i + kBit] = half(1);
-      v[i] = low;
-    }
+  each_pair<T, N, kBit>(
+      v, [](int c, int upper) { return (c & kBit ? kN : 0) + upper * kN / 2 + c / (2 * kBit) * kBit + c % kBit; });
   if constexpr (2 * kBit < N) interleave<T, N, S + 1>(v);
+}
+
+// The steps of `interleave` back, from S on.
+template <class T, int N, int S>
+FASTLOSS_INLINE void deinterleave(Vec<T>* v) {
+  constexpr int kN = Lanes<T>::kCount, kBit = 1 << S;
+  each_pair<T, N, kBit>(v, [](int c, int odd) {
+    const int place = c % (kN / 2);
+    return c / (kN / 2) * kN + place / kBit * 2 * kBit + place % kBit + odd * kBit;
+  });
+  if constexpr (S > 0) deinterleave<T, N, S - 1>(v);
 }
 
 constexpr int reversed(int number, int size) {
@@ -163,26 +177,6 @@ FASTLOSS_INLINE void write_nines(T* y, const Vec<T>* in) {
             return k == 8 ? kN + lane : c;
           }));
   }
-}
-
-// A step of `interleave` back.
-template <class T, int N, int S>
-FASTLOSS_INLINE void deinterleave(Vec<T>* v) {
-  constexpr int kN = Lanes<T>::kCount, kBit = 1 << S;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
-    if (!(i & kBit)) {
-      auto half = [&](int bit) {
-        return pick<T>(v[i], v[i + kBit], [=](int c) {
-          const int place = c % (kN / 2);
-          return c / (kN / 2) * kN + place / kBit * 2 * kBit + place % kBit + bit;
-        });
-      };
-      const Vec<T> low = half(0);
-      v[i + kBit] = half(kBit);
-      v[i] = low;
-    }
-  if constexpr (S > 0) deinterleave<T, N, S - 1>(v);
 }
 
 // `write_nines` back.

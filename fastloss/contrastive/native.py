@@ -14,9 +14,7 @@ from fastloss.contrastive.tiles import Gradient, Mask, Softmax, Turn
 _C = native_core()
 _LSE_TILE = {torch.float32: _C.lse_tile_float, torch.float64: _C.lse_tile_double}
 _GRAD_TILE = {torch.float32: _C.grad_tile_float, torch.float64: _C.grad_tile_double}
-
 _TURN = {torch.float32: _C.turn_float, torch.float64: _C.turn_double}
-
 _INVERSE_NORMS = {torch.float32: _C.inverse_norms_float, torch.float64: _C.inverse_norms_double}
 _THROUGH_NORMS = {torch.float32: _C.through_norms_float, torch.float64: _C.through_norms_double}
 
@@ -98,7 +96,7 @@ class _Epilogue:
         return Turn(total, Gradient(state.scale, shift, weight, dot.zero_() if need_dot else None), factor, slope)
 
     def inverse_norms(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if x.dtype != dtype:
+        if x.dtype != dtype:  # 16 bits
             return tiles.inverse_norms(x, dtype)
         out = x.new_empty(len(x))
         address, threads = out.data_ptr(), torch.get_num_threads()

@@ -1056,8 +1056,7 @@ def pair_nll_fwd(
     margins = [margin(state.lse, positive) for state in states]
     total = torch.stack([torch.nn.functional.softplus(x, threshold=40).sum() for x in margins]).mean()
     if not (need_q or need_k or need_scale):
-        nothing = scale.new_empty((0,))
-        return total, nothing, nothing.clone(), nothing.clone()
+        return total, scale.new_empty((0,)), scale.new_empty((0,)), scale.new_empty((0,))
     upstreams = [x.sigmoid_().mul_(1 / len(margins)) for x in margins]
     slope = torch.stack(upstreams).sum(0)
     grad_q, grad_k = _empty_gradient(q, need_q, torch.float32), _empty_gradient(k, need_k, torch.float32)

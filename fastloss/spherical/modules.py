@@ -56,11 +56,6 @@ def few(classes: int, width: int) -> bool:
     return classes <= max(FEW, 2 * width)
 
 
-def _kept(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies for the step, which may come after the caller has written other numbers into them."""
-    return hidden.detach().clone(memory_format=torch.contiguous_format), target.clone()
-
-
 def _first_derivative(ctx: Any, *grads: Tensor) -> Tensor:
     """The gradient to the hidden states; to differentiate it is an error."""
     if not torch.is_grad_enabled():
@@ -73,9 +68,9 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, layer: FactoredOutput) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(hidden)  # which a second derivative would be of
-        ctx.hidden, ctx.target = _kept(hidden, target)
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         return t, v, mean
 
     @staticmethod
@@ -89,9 +84,9 @@ class _BuiltIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, target: Tensor, share: Tensor | float, layer: FactoredOutput) -> Tensor:
         ctx.save_for_backward(hidden)  # which a second derivative would be of
-        ctx.hidden, ctx.target = _kept(hidden, target)
+        ctx.hidden, ctx.target = hidden.detach().contiguous(), target
         ctx.layer, ctx.revision = layer, layer._revision
-        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, ctx.target)
+        t, v, mean, ctx.entries, ctx.product = layer._form.statistics(layer._state(), ctx.hidden, target)
         assert isinstance(layer.loss, str)
         options = (layer.num_classes, layer.a, layer.b, layer.eps)
         loss, *ctx.g = factored.losses(t, v, mean, share, layer.loss, *options)
@@ -444,8 +439,10 @@ class FactoredOutput(nn.Module):
                 (~ignored).to(self.v.dtype) if target_weight is None else target_weight.masked_fill(ignored, 0)
             )
             row_weight = (~rows).to(self.v.dtype) if row_weight is None else torch.where(rows, 0, row_weight)
-        if training and not inputs.requires_grad:
-            inputs = inputs.detach().requires_grad_()
+        if training:  # the step may come after the caller has written other numbers into them
+            target = target.clone()
+            inputs = inputs.clone(memory_format=torch.contiguous_format) if inputs is hidden else inputs
+            inputs = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
         weights = [w for w in (target_weight, row_weight) if w is not None]
         with full_precision(inputs):
             if self._has_closed_form(weighted) and not any(w.requires_grad for w in weights):
